@@ -1,0 +1,81 @@
+"""The U-Net of Ronneberger, Fischer and Brox (2015, https://arxiv.org/abs/1505.04597), with padding and BatchNorm.
+
+The padding keeps the output as large as the input, which the paper's network does not; BatchNorm trains it from scratch
+in a few epochs. UNET_architecture.png shows it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DoubleConv(nn.Module):
+    """Two 3x3 convolutions, each with BatchNorm and ReLU: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),  # BatchNorm has the bias
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class UNet(nn.Module):
+    """U-Net: (N, in_channels, H, W) float images -> (N, out_channels, H, W) logits, for any H and W from 16 up.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the logits; 1 for a binary mask.
+        features: channels of each stage, from full size down; every stage halves height and width, and the bottleneck
+            doubles the last stage's channels. The default has 31 million weights.
+    """
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 1, features: tuple[int, ...] = (64, 128, 256, 512)):
+        super().__init__()
+        self.in_channels, self.out_channels, self.features = in_channels, out_channels, tuple(features)
+
+        self.downs = nn.ModuleList()
+        channels = in_channels
+        for feature in features:
+            self.downs.append(DoubleConv(channels, feature))
+            channels = feature
+
+        self.bottleneck = DoubleConv(channels, channels * 2)
+
+        self.ups = nn.ModuleList()  # enlarges (N, 2C, H, W) to (N, C, 2H, 2W)
+        self.up_convs = nn.ModuleList()  # merges that with the skip: (N, 2C, 2H, 2W) -> (N, C, 2H, 2W)
+        for feature in reversed(features):
+            self.ups.append(nn.ConvTranspose2d(feature * 2, feature, 2, stride=2))
+            self.up_convs.append(DoubleConv(feature * 2, feature))
+
+        self.head = nn.Conv2d(features[0], out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        multiple = 2 ** len(self.features)  # so that every stage halves without a remainder
+        if height % multiple or width % multiple:
+            x = F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+        skips = []
+        for down in self.downs:
+            x = down(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+
+        x = self.bottleneck(x)
+
+        for up, up_conv in zip(self.ups, self.up_convs, strict=True):
+            x = torch.cat((skips.pop(), up(x)), dim=1)
+            x = up_conv(x)
+
+        return self.head(x)[..., :height, :width]

@@ -1,0 +1,276 @@
+"""What the scripts share: settings, loaders, checkpoints, pixel accuracy / Dice / IoU, saved pictures."""
+
+import argparse
+import csv
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from dataset import CarvanaDataset, UserError, written_whole
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's main; a user's error ends it with one line and exit status 1, Ctrl-C with 130."""
+    try:
+        main()
+    except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
+        sys.exit("error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: "))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (python {self.prog} --help shows all settings)")
+
+
+def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleNamespace:
+    """Makes every upper-case constant of a script a flag of the same name: IMAGE_HEIGHT = 160 is --image-height 160.
+
+    Args:
+        constants: the script's globals(). A constant's type is its flag's, and the comment beside it is the help.
+        argv: the command line, sys.argv[1:] by default.
+
+    Returns the settings by lower-case name. Raises UserError for an unknown flag and a value of the wrong type.
+    """
+    source = Path(constants["__file__"])
+    comments = dict(re.findall(r"^([A-Z_]+) = .*?  # (.*)$", source.read_text(encoding="utf-8"), re.MULTILINE))
+    parser = _Parser(source.name, description=constants["__doc__"].splitlines()[0], allow_abbrev=False)
+    for name, default in constants.items():
+        if not name.isupper() or not isinstance(default, (bool, int, float, str, tuple, type(None))):
+            continue
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        options = {"default": default, "help": f"{comments.get(name, '')} [{shown}]".replace("%", "%%")}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+            options |= {"type": type(default[0]), "nargs": "+", "metavar": "N"}
+        else:
+            options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
+        parser.add_argument("--" + name.lower().replace("_", "-"), **options)
+    settings = parser.parse_args(argv)
+    values = {name: None if value == "none" else value for name, value in vars(settings).items()}
+    return SimpleNamespace(**values)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'DEVICE {name} cannot be used here: set it to "auto", or "cpu"') from error
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type in which autocast computes: "bf16", "fp16" or "fp32"; "auto" is the fastest that the hardware really has.
+
+    Without bf16 instructions a CPU emulates them, slower than fp32.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            name = "bf16"
+        else:
+            name = "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def choose_num_workers(number: int, device: torch.device) -> int:
+    """-1 is none beside a CPU that computes (a cached sample takes 1 ms of its 500), else one a core, 8 at most."""
+    if number >= 0:
+        return number
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 0 if device.type == "cpu" else min(8, cores)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index) for every index, in an order that depends on (seed, epoch) alone; set `epoch` before each."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return ((self.epoch, index) for index in order.tolist())
+
+
+def get_loaders(
+    train_img_dir: Path,
+    train_mask_dir: Path,
+    val_img_dir: Path,
+    val_mask_dir: Path,
+    size: tuple[int, int],
+    batch_size: int,
+    train_transform: Callable,
+    val_transform: Callable,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> tuple[DataLoader, DataLoader]:
+    """(training loader, validation loader) of images float32 (N, 3, H, W) and masks float32 (N, H, W); prints what it found.
+
+    Batches do not depend on num_workers. Raises UserError for anything wrong with the files.
+    """
+    loaders = []
+    for name, image_dir, mask_dir, transform in (
+        ("train", train_img_dir, train_mask_dir, train_transform),
+        ("val", val_img_dir, val_mask_dir, val_transform),
+    ):
+        data = CarvanaDataset(image_dir, mask_dir, size, transform, seed)
+        infos = data.prepare(cache_dir)
+        sizes = sorted({(int(height), int(width)) for height, width in infos[:, :2]})
+        shown = " to ".join(f"{width} x {height}" for height, width in sizes[:: max(1, len(sizes) - 1)])
+        low, middle, high = 100 * np.quantile(infos[:, 2], (0, 0.5, 1))
+        print(
+            f"{name:5}  {len(data)} pairs of {shown} in {image_dir}; foreground {low:.1f} to {high:.1f} %, "
+            f"median {middle:.1f} %; {(infos[:, 2] == 0).sum()} masks are empty"
+        )
+        loader = DataLoader(
+            data,
+            batch_size,
+            sampler=EpochSampler(len(data), seed) if name == "train" else None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_ignore_ctrl_c,
+        )
+        loaders.append(loader)
+    return loaders[0], loaders[1]
+
+
+def _ignore_ctrl_c(_: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the main one decides what happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Writes a checkpoint, which appears when it is complete. Raises UserError where it cannot be written."""
+    try:
+        with written_whole(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} could not be written ({error}): free some disk space, then continue") from error
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint of train.py onto the CPU. Raises UserError if there is none, or it is something else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: train first, or set LOAD_MODEL = False") from error
+    except Exception as error:  # torch.load raises many kinds on files of other kinds
+        raise UserError(f"{path} is not a checkpoint that can be read: remove it, or set LOAD_MODEL = False") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "model", "preprocessing"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of this train.py: choose another, or set LOAD_MODEL = False")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def confusion(predictions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two bool (N, ...) -> true positives, false positives, false negatives, true negatives of each image, int64 (N,)."""
+    predictions, masks = predictions.flatten(1), masks.flatten(1)
+    hits, predicted, wanted = (predictions & masks).sum(1), predictions.sum(1), masks.sum(1)
+    return hits, predicted - hits, wanted - hits, masks.shape[1] - predicted - wanted + hits
+
+
+def dice_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+    """Dice of each image, 2|X∩Y| / (|X| + |Y|), and 1 where both are empty: the challenge's score is its mean.
+
+    https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
+    """
+    return torch.where(tp + fp + fn == 0, 1.0, 2 * tp / (2 * tp + fp + fn))
+
+
+def iou_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
+    """Intersection over union of each image (Jaccard's index), and 1 where both are empty."""
+    return torch.where(tp + fp + fn == 0, 1.0, tp / (tp + fp + fn))
+
+
+@torch.inference_mode()
+def check_accuracy(
+    loader: DataLoader, model: nn.Module, device: torch.device, precision: torch.dtype, folder: Path | None = None
+) -> dict[str, float]:
+    """Validates: {"val_loss", "pixel_accuracy", "dice", "iou"}, each a mean over all images of the loader.
+
+    The model's weights and BatchNorm statistics stay as they are, and so does its mode. With a folder, every batch's
+    predictions are saved there as it passes (save_predictions_as_imgs).
+    """
+    was_training = model.training
+    model.eval()
+    losses, counts = [], []  # stay on the device until the end, so that nothing waits for it in between
+    with tqdm(total=len(loader.dataset), desc="validating", unit="img", leave=False, disable=None) as bar:
+        for number, (images, masks) in enumerate(loader):
+            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            masks = masks.to(device, non_blocking=True).unsqueeze(1)  # (N, 1, H, W)
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                logits = model(images)
+            logits = logits.float()
+            losses.append(F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((1, 2, 3)))
+            predictions = logits > 0  # sigmoid(logits) > 0.5
+            counts.append(torch.stack(confusion(predictions, masks > 0)))
+            if folder is not None:
+                save_predictions_as_imgs(predictions, masks, number, folder)
+            bar.update(len(images))
+    model.train(was_training)
+
+    tp, fp, fn, tn = torch.cat(counts, dim=1).cpu().double()
+    return {
+        "val_loss": torch.cat(losses).mean().item(),
+        "pixel_accuracy": ((tp + tn) / (tp + fp + fn + tn)).mean().item(),
+        "dice": dice_scores(tp, fp, fn).mean().item(),
+        "iou": iou_scores(tp, fp, fn).mean().item(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves to look at
+
+
+def save_predictions_as_imgs(predictions: Tensor, masks: Tensor, number: int, folder: Path) -> None:
+    """Saves a batch's predictions as pred_<number>.png and the truth as <number>.png, (N, 1, H, W) as grids of 4 columns."""
+    for name, batch in ((f"pred_{number}.png", predictions), (f"{number}.png", masks)):
+        with written_whole(folder / name) as temporary:
+            save_image(batch.float(), temporary, format="png", nrow=4, pad_value=0.5)
+
+
+def save_metrics(history: list[dict], path: Path) -> None:
+    """Writes metrics.csv: a row for each epoch."""
+    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
