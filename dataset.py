@@ -25,16 +25,7 @@ from tqdm import tqdm
 
 cv2.setNumThreads(0)  # samples are small and read in parallel already: OpenCV's own threads would only compete
 
-SUFFIXES = (
-    ".gif",
-    ".png",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-)  # in the order in which masks are looked for
+SUFFIXES = (".gif", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # the order in which masks are sought
 DARK = 32  # of 255: a mask's values below it are labels or compression noise on black
 DECODER = 1  # part of the cache's key: raise it when decoding changes
 
@@ -59,9 +50,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 def find_pairs(image_dir: Path, mask_dir: Path) -> list[tuple[Path, Path]]:
     """Pairs every image with its mask, sorted by image name.
 
-    The mask of `xxx.jpg` is `xxx_mask.gif`, else `xxx_mask` with another ending of SUFFIXES, else `xxx` with any of them.
-    Files with other endings and hidden files are left alone. Raises UserError for a folder that is missing or empty, two
-    images of one stem, and an image or a mask without its partner.
+    The mask of `xxx.jpg` is `xxx_mask.gif`, else `xxx_mask` with another ending of SUFFIXES, else `xxx` with any of
+    them. Files with other endings and hidden files are left alone. Raises UserError for a folder that is missing or
+    empty, two images of one stem, and an image or a mask without its partner.
     """
     images, masks = _list_by_stem(image_dir), _list_by_stem(mask_dir)
     if image_dir.resolve() == mask_dir.resolve():
@@ -72,9 +63,7 @@ def find_pairs(image_dir: Path, mask_dir: Path) -> list[tuple[Path, Path]]:
             raise UserError(f"{found[0]} and {found[1].name} have one stem: rename one of them and its mask")
         candidates = masks.get(f"{stem}_mask", []) + masks.get(stem, [])
         if not candidates:
-            raise UserError(
-                f"{found[0]} has no mask: add {mask_dir / f'{stem}_mask.gif'} (or .png), or remove the image"
-            )
+            raise UserError(f"{found[0]} has no mask: add {mask_dir / stem}_mask.gif (or .png), or remove the image")
         pairs.append((found[0], candidates[0]))
         unused.difference_update(candidates)
     if unused:
@@ -110,9 +99,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield image
     except Exception as error:
         reason = str(error).removesuffix(f": {str(path)!r}")
-        raise UserError(
-            f"{path} cannot be read as an image ({reason}): replace it, or remove it and its partner"
-        ) from error
+        raise UserError(f"{path} is no readable image ({reason}): replace it, or remove it and its partner") from error
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -223,7 +210,7 @@ class CarvanaDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """key is an index, or (epoch, index) -> image float32 (3, H, W) as normalised, mask float32 (H, W) in {0, 1}."""
+        """An index, or (epoch, index) -> image float32 (3, H, W), normalised, and mask float32 (H, W) in {0, 1}."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = self.sample(index)
         image, mask = np.ascontiguousarray(sample[..., :3]), np.ascontiguousarray(sample[..., 3])
@@ -255,12 +242,12 @@ class CarvanaDataset(Dataset):
     def prepare(self, cache_dir: Path | None) -> np.ndarray:
         """Decodes every pair once, which checks it, and keeps the samples in a memory-mapped file in cache_dir.
 
-        The file serves later runs while the names, sizes and times of all files stay as they are; after a change, samples
-        of unchanged files are copied from it. It appears when it is complete. With cache_dir None, or on a disk that is
-        full, samples are decoded whenever they are needed.
+        The file serves later runs while the names, sizes and times of all files stay as they are; after a change,
+        samples of unchanged files are copied from it. It appears when it is complete. With cache_dir None, or on a disk
+        that is full, samples are decoded whenever they are needed.
 
-        Returns (n, 3): height, width and share of foreground of each pair. Raises UserError for a pair that is broken, and
-        if every mask is empty or every mask is full.
+        Returns (n, 3): height, width and share of foreground of each pair. Raises UserError for a pair that is broken,
+        and if every mask is empty or every mask is full.
         """
         keys = [(str(image), str(mask), *_stamp(image), *_stamp(mask)) for image, mask in self.pairs]
         infos = None
@@ -274,7 +261,7 @@ class CarvanaDataset(Dataset):
         for state, value in (("empty", 0), ("full", 1)):
             if (infos[:, 2] == value).all():
                 raise UserError(
-                    f"every mask in {self.mask_dir} is {state}: make masks that are brighter on the object only"
+                    f"every mask in {self.mask_dir} is {state}: masks must be white on the object and black elsewhere"
                 )
         return infos
 
@@ -317,7 +304,7 @@ class CarvanaDataset(Dataset):
         return self.size[0] * self.size[1] * 4
 
     def _decode_all(self, keys: list[tuple], known: dict[tuple, tuple], file: BinaryIO | None) -> np.ndarray:
-        """Reads every sample, from an older cache where `known` has its key, and appends it to `file`; returns infos."""
+        """Reads every sample, from an older cache if `known` has its key, and appends it to `file`; returns infos."""
 
         def read(row: int) -> tuple[np.ndarray, list[float]]:
             if keys[row] in known:

@@ -4,13 +4,15 @@
     python sample_data.py --output-dir /tmp/cars --train-cars 40 --val-cars 10 --seed 1
 
 A car is some 200 flat polygons, drawn from back to front through a pinhole camera. Lengths are metres; the turntable's
-centre is the origin; in a car's own frame x points to its front, y to its left, z up. The same seed draws the same photos.
+centre is the origin; in a car's frame x points to its front, y to its left, z up. The same seed draws the same photos.
 """
 
 import argparse
 import functools
+import itertools
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,8 +44,9 @@ BODIES = {
 }  # fmt: skip
 
 # RGB. White, black and greys are as frequent among the paints as on the road.
-PAINTS = [(236, 236, 232), (22, 23, 26), (120, 124, 128), (178, 182, 186), (150, 22, 28), (28, 52, 112), (222, 220, 212),
-          (40, 78, 52), (44, 46, 50), (120, 94, 66), (92, 132, 168), (208, 168, 40), (78, 82, 88), (204, 92, 34)]  # fmt: skip
+PAINTS = [(236, 236, 232), (22, 23, 26), (120, 124, 128), (178, 182, 186), (150, 22, 28), (28, 52, 112), (40, 78, 52),
+          (222, 220, 212), (44, 46, 50), (120, 94, 66), (92, 132, 168), (208, 168, 40), (78, 82, 88),
+          (204, 92, 34)]  # fmt: skip
 GLASS, RUBBER, PLASTIC = (52, 60, 68), (26, 26, 28), (38, 39, 41)
 HEADLIGHT, TAILLIGHT, NUMBER_PLATE = (240, 240, 226), (168, 18, 22), (214, 214, 208)
 SIGNS = ("OPEN ROAD", "STUDIO 7", "MOTORS", "FRESH CARS", "TURNTABLE", "DRIVE ON")
@@ -163,7 +166,7 @@ class Car:
         bounds = [tall[0] + 0.03, *pillars, tall[-1] + 0.04]
         if is_van:  # no rear window, and none at the sides of the cargo
             windows, bounds = windows[:1], bounds[1:]
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             xs = (np.linspace(start + 0.008, stop - 0.008, 9) - 0.5) * self.length
             deck, ceiling = self.deck_height(xs), self.height - self.deck_height(xs)
             bottom = 0.08
@@ -251,7 +254,7 @@ class Car:
         """The eight corners of a wing mirror."""
         x = (0.16 if self.height < 1.9 else 0.3) * self.length
         corners = np.stack(np.meshgrid((-0.06, 0.05), (-0.11, 0.11), (0.06, 0.2), indexing="ij"), -1).reshape(-1, 3)
-        return corners + (x, side * (self.width / 2 + 0.06), self.deck_height(x))
+        return corners + np.array((x, side * (self.width / 2 + 0.06), self.deck_height(x)))
 
 
 class Painter:
@@ -312,7 +315,7 @@ class Painter:
 
 
 def draw_studio(camera: Camera, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """The empty studio, uint8 RGB (height, width, 3): wall with panels and lettering, floor, turntable, uneven light."""
+    """The empty studio, uint8 RGB (height, width, 3): a wall with lettering, floor, turntable, uneven light."""
     scale = width / WIDTH
     wall_y = rng.uniform(3.2, 4.5)  # metres behind the turntable's centre
     horizon = camera.project(np.array(((0, wall_y, 0),)))[0, 1] / height
@@ -351,7 +354,7 @@ def draw_studio(camera: Camera, height: int, width: int, rng: np.random.Generato
 
 @functools.lru_cache(maxsize=3)  # a car's views are drawn one after the other
 def make_scene(seed: int, index: int, height: int, width: int) -> tuple[str, Car, Camera, np.ndarray, np.ndarray]:
-    """The index-th car of a seed: its name, 12 hexadecimal digits as in Carvana, car, camera, empty studio, sensor noise."""
+    """The index-th car of a seed: its name, as in Carvana 12 hexadecimal digits, car, camera, studio, sensor noise."""
     shuffled = np.random.default_rng(seed)  # the first few cars already show many bodies and paints
     bodies, paints = shuffled.permutation(list(BODIES)), shuffled.permutation(PAINTS)
     rng = np.random.default_rng((seed, index))
@@ -365,7 +368,7 @@ def make_scene(seed: int, index: int, height: int, width: int) -> tuple[str, Car
 
 
 def draw_photo(seed: int, index: int, view: int, height: int, width: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """One view of the index-th car: its stem, uint8 RGB photo (height, width, 3), uint8 mask (height, width) of 0 and 255."""
+    """One view of a car: its stem, uint8 RGB photo (height, width, 3), uint8 mask (height, width) of 0 and 255."""
     name, car, camera, studio, noise = make_scene(seed, index, height, width)
     rng = np.random.default_rng((seed, index, view))
     angle = 2 * np.pi * (view + rng.uniform(-0.1, 0.1)) / VIEWS - np.pi / 2
@@ -394,8 +397,9 @@ def draw_photo(seed: int, index: int, view: int, height: int, width: int) -> tup
     return f"{name}_{view + 1:02}", photo, mask
 
 
-def draw_dataset(output_dir: Path, train_cars: int = 8, val_cars: int = 2, height: int = HEIGHT, width: int = WIDTH,
-                 seed: int = 0) -> None:  # fmt: skip
+def draw_dataset(
+    output_dir: Path, train_cars: int = 8, val_cars: int = 2, height: int = HEIGHT, width: int = WIDTH, seed: int = 0
+) -> None:
     """Draws cars into output_dir/{train,val}_{images,masks}, the training cars into train_, the others into val_.
 
     The folder appears once everything in it is drawn. Raises FileExistsError if it is there already and not empty.
@@ -435,7 +439,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--height", type=int, default=HEIGHT, help="of a photo, in pixels")
     parser.add_argument("--width", type=int, default=WIDTH, help="of a photo, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="other seeds draw other cars")
-    draw_dataset(**vars(parser.parse_args(argv)))
+    parser.error = lambda message: sys.exit(f"error: {message} (--help shows the flags)")
+    args = parser.parse_args(argv)
+    if min(args.train_cars, args.val_cars) < 1 or min(args.height, args.width) < 16 or args.seed < 0:
+        parser.error("--train-cars and --val-cars must be at least 1, --height and --width 16, --seed 0")
+    try:
+        draw_dataset(**vars(args))
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python train.py --num-epochs 10 --batch-size 16   # every constant is a flag of the same name, for one run
     python train.py --load-model --num-epochs 20      # continues from my_checkpoint.pth.tar up to epoch 20
 
-After every epoch look into saved_images/: pred_<n>.png what the network says, <n>.png the truth, metrics.csv the scores.
+After every epoch look into saved_images/: pred_<n>.png is what the network says, <n>.png the truth, metrics.csv scores.
 """
 
 import math
@@ -33,7 +33,9 @@ TRAIN_IMG_DIR = "data/train_images"
 TRAIN_MASK_DIR = "data/train_masks"
 VAL_IMG_DIR = "data/val_images"
 VAL_MASK_DIR = "data/val_masks"
-CACHE_DIR = "data/cache"  # decoded photos, so that only the first run reads files; None decodes them in every epoch
+CACHE_DIR: str | None = (
+    "data/cache"  # decoded photos, so that only the first run reads files; None decodes them in every epoch
+)
 
 # The network, and the size at which it sees photos. Larger finds finer edges; time and memory grow with the area.
 IMAGE_HEIGHT = 160  # pixels, at least 16; Carvana's photos are 1280
@@ -66,13 +68,7 @@ def make_transforms(s: SimpleNamespace) -> tuple[A.Compose, A.Compose]:
     to_tensor = [A.Normalize(s.mean, s.std), ToTensorV2()]
     augment = [
         A.HorizontalFlip(p=0.5),
-        A.Affine(
-            scale=(0.85, 1.15),
-            translate_percent=(-0.06, 0.06),
-            rotate=(-8, 8),
-            border_mode=cv2.BORDER_REFLECT_101,
-            p=0.7,
-        ),
+        A.Affine((0.85, 1.15), (-0.06, 0.06), rotate=(-8, 8), border_mode=cv2.BORDER_REFLECT_101, p=0.7),
         A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
         A.HueSaturationValue(10, 25, 10, p=0.3),
     ]
@@ -90,6 +86,8 @@ def check_settings(s: SimpleNamespace) -> None:
         ("BATCH_SIZE", s.batch_size >= 1, "at least 1"),
         ("LEARNING_RATE", 0 < s.learning_rate < math.inf, "more than 0, such as 1e-3"),
         ("WEIGHT_DECAY", 0 <= s.weight_decay < math.inf, "at least 0"),
+        ("MEAN", len(s.mean) == 3, "three numbers"),
+        ("STD", len(s.std) == 3 and min(s.std) > 0, "three numbers above 0"),
         ("SEED", s.seed >= 0, "at least 0"),
         ("NUM_WORKERS", s.num_workers >= -1, "at least 0, or to -1"),
         ("PRECISION", s.precision in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
@@ -106,19 +104,11 @@ def check_settings(s: SimpleNamespace) -> None:
 
 def use_sample_if_empty(s: SimpleNamespace) -> None:
     """A fresh clone trains: while the four default folders are there and all empty, cars are drawn and trained on."""
-    names = {
-        "train_img_dir": "train_images",
-        "train_mask_dir": "train_masks",
-        "val_img_dir": "val_images",
-        "val_mask_dir": "val_masks",
-    }
-    for name in names:
-        folder = Path(getattr(s, name))
-        if (
-            str(folder) != globals()[name.upper()]
-            or not folder.is_dir()
-            or any(p.name[0] != "." for p in folder.iterdir())
-        ):
+    folders = (s.train_img_dir, s.train_mask_dir, s.val_img_dir, s.val_mask_dir)
+    if folders != (TRAIN_IMG_DIR, TRAIN_MASK_DIR, VAL_IMG_DIR, VAL_MASK_DIR):
+        return
+    for folder in map(Path, folders):
+        if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
             return
     sample = Path("data/sample")
     print(f"data/ has no photos of yours yet: training on drawn cars in {sample}/")
@@ -127,8 +117,8 @@ def use_sample_if_empty(s: SimpleNamespace) -> None:
             draw_dataset(sample)
         except OSError as error:
             raise UserError(f"{sample} cannot be drawn ({error}): make room for 20 MB there") from error
-    for name, folder in names.items():
-        setattr(s, name, str(sample / folder))
+    s.train_img_dir, s.train_mask_dir = str(sample / "train_images"), str(sample / "train_masks")
+    s.val_img_dir, s.val_mask_dir = str(sample / "val_images"), str(sample / "val_masks")
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -185,9 +175,7 @@ def load_model(s: SimpleNamespace) -> dict:
     if features != s.features:
         raise UserError(f"{s.checkpoint} is of a network with FEATURES {features}: set these, or LOAD_MODEL = False")
     if "optimizer" not in checkpoint:
-        raise UserError(
-            f"{s.checkpoint} has the weights only: continue from the one without _best, or set LOAD_MODEL = False"
-        )
+        raise UserError(f"{s.checkpoint} has weights only: set CHECKPOINT to the one without _best in its name")
     if checkpoint["epoch"] >= s.num_epochs:
         raise UserError(f"{s.checkpoint} has {checkpoint['epoch']} epochs already: set NUM_EPOCHS to more than that")
     return checkpoint
@@ -228,9 +216,7 @@ def train(s: SimpleNamespace) -> None:
         scaler.load_state_dict(checkpoint["scaler"])
         history = checkpoint["history"]
 
-    print(
-        f"{device}, {str(precision).removeprefix('torch.')}, epochs {len(history) + 1} to {s.num_epochs} in batches of {s.batch_size}"
-    )
+    print(f"Training on {device} in {str(precision).removeprefix('torch.')}, {s.batch_size} images a step.")
     print("epoch  train_loss  val_loss  pixel_accuracy    dice     iou  seconds")
     saved = len(history)  # epochs in the newest checkpoint
     try:
@@ -265,9 +251,15 @@ def train(s: SimpleNamespace) -> None:
     )
 
 
-def save(s: SimpleNamespace, model: UNet, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, history: list[dict],
-         is_best: bool) -> None:  # fmt: skip
-    """Saves the newest state, the best weights and metrics.csv; a checkpoint holds all that rebuilds the model and its input."""
+def save(
+    s: SimpleNamespace,
+    model: UNet,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    history: list[dict],
+    is_best: bool,
+) -> None:
+    """Saves the newest state, the best weights and metrics.csv; each checkpoint rebuilds the model and its input."""
     state = {
         "state_dict": model.state_dict(),
         "model": {"in_channels": 3, "out_channels": 1, "features": list(s.features)},

@@ -43,13 +43,16 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     """Makes every upper-case constant of a script a flag of the same name: IMAGE_HEIGHT = 160 is --image-height 160.
 
     Args:
-        constants: the script's globals(). A constant's type is its flag's, and the comment beside it is the help.
+        constants: the script's globals(). A constant's type is its flag's, and the comment beside it is the help. One
+            that is annotated with None (X: str | None = "a") takes "none" as a value.
         argv: the command line, sys.argv[1:] by default.
 
     Returns the settings by lower-case name. Raises UserError for an unknown flag and a value of the wrong type.
     """
     source = Path(constants["__file__"])
-    comments = dict(re.findall(r"^([A-Z_]+) = .*?  # (.*)$", source.read_text(encoding="utf-8"), re.MULTILINE))
+    lines = re.findall(r"^([A-Z_]+)(: .*None)? = .*?  # (.*)$", source.read_text(encoding="utf-8"), re.MULTILINE)
+    comments = {name: comment for name, _, comment in lines}
+    may_be_none = {name.lower() for name, annotation, _ in lines if annotation}
     parser = _Parser(source.name, description=constants["__doc__"].splitlines()[0], allow_abbrev=False)
     for name, default in constants.items():
         if not name.isupper() or not isinstance(default, (bool, int, float, str, tuple, type(None))):
@@ -63,9 +66,13 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
         else:
             options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
         parser.add_argument("--" + name.lower().replace("_", "-"), **options)
-    settings = parser.parse_args(argv)
-    values = {name: None if value == "none" else value for name, value in vars(settings).items()}
-    return SimpleNamespace(**values)
+    settings = vars(parser.parse_args(argv))
+    for name, value in settings.items():
+        if isinstance(value, list):
+            settings[name] = tuple(value)
+        elif value == "none" and name in may_be_none:
+            settings[name] = None
+    return SimpleNamespace(**settings)
 
 
 def choose_device(name: str) -> torch.device:
@@ -81,9 +88,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type in which autocast computes: "bf16", "fp16" or "fp32"; "auto" is the fastest that the hardware really has.
+    """The type in which autocast computes: "bf16", "fp16" or "fp32"; "auto" is the fastest that the hardware has.
 
-    Without bf16 instructions a CPU emulates them, slower than fp32.
+    A CPU without bf16 instructions would emulate them, slower than fp32.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -108,7 +115,7 @@ def choose_num_workers(number: int, device: torch.device) -> int:
 
 
 class EpochSampler(Sampler):
-    """Yields (epoch, index) for every index, in an order that depends on (seed, epoch) alone; set `epoch` before each."""
+    """Yields (epoch, index) for every index, in an order that depends on (seed, epoch) alone. Set `epoch` first."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length, self.seed, self.epoch = length, seed, 0
@@ -135,9 +142,9 @@ def get_loaders(
     seed: int = 0,
     cache_dir: Path | None = None,
 ) -> tuple[DataLoader, DataLoader]:
-    """(training loader, validation loader) of images float32 (N, 3, H, W) and masks float32 (N, H, W); prints what it found.
+    """Loaders for training and validation, of images float32 (N, 3, H, W) and masks float32 (N, H, W) in {0, 1}.
 
-    Batches do not depend on num_workers. Raises UserError for anything wrong with the files.
+    Prints what was found. Batches do not depend on num_workers. Raises UserError for anything wrong with the files.
     """
     loaders = []
     for name, image_dir, mask_dir, transform in (
@@ -202,7 +209,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def confusion(predictions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two bool (N, ...) -> true positives, false positives, false negatives, true negatives of each image, int64 (N,)."""
+    """Two bool (N, ...) -> true positives, false positives, false negatives, true negatives per image, int64 (N,)."""
     predictions, masks = predictions.flatten(1), masks.flatten(1)
     hits, predicted, wanted = (predictions & masks).sum(1), predictions.sum(1), masks.sum(1)
     return hits, predicted - hits, wanted - hits, masks.shape[1] - predicted - wanted + hits
@@ -262,7 +269,7 @@ def check_accuracy(
 
 
 def save_predictions_as_imgs(predictions: Tensor, masks: Tensor, number: int, folder: Path) -> None:
-    """Saves a batch's predictions as pred_<number>.png and the truth as <number>.png, (N, 1, H, W) as grids of 4 columns."""
+    """Saves a batch's predictions as pred_<number>.png and the truth as <number>.png, (N, 1, H, W) in 4 columns."""
     for name, batch in ((f"pred_{number}.png", predictions), (f"{number}.png", masks)):
         with written_whole(folder / name) as temporary:
             save_image(batch.float(), temporary, format="png", nrow=4, pad_value=0.5)

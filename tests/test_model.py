@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from model import UNet
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 33), (31, 47), (160, 240), (97, 16)])
+def test_output_is_as_large_as_the_input(size):
+    with torch.device("meta"):
+        assert UNet()(torch.empty(2, 3, *size)).shape == (2, 1, *size)
+
+
+def test_the_default_network_has_31_million_weights():
+    with torch.device("meta"):
+        model = UNet()
+    assert sum(weight.numel() for weight in model.parameters()) == 31_037_633
+    assert [down.layers[3].out_channels for down in model.downs] == [64, 128, 256, 512]
+    assert model.bottleneck.layers[3].out_channels == 1024
+
+
+def test_padding_leaves_the_rest_of_the_image_alone():
+    """Logits far from the padded edge are those of the same image at a size that needs no padding."""
+    torch.manual_seed(0)
+    model = UNet(features=(4, 8)).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(image[..., :61, :59])[..., :32, :32], model(image)[..., :32, :32])
+
+
+def test_every_weight_learns():
+    model = UNet(features=(4, 8))
+    model(torch.randn(2, 3, 20, 20)).square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+
+
+def test_channels_are_free():
+    assert UNet(in_channels=1, out_channels=5, features=(4,))(torch.randn(1, 1, 16, 16)).shape == (1, 5, 16, 16)

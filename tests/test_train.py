@@ -1,0 +1,232 @@
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample_data
+import train
+import utils
+from conftest import SMALL
+from model import UNet
+
+ROOT = Path(train.__file__).parent
+
+
+def rows() -> list[dict[str, str]]:
+    with Path("saved_images/metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path: str = "my_checkpoint.pth.tar") -> dict[str, torch.Tensor]:
+    return utils.load_checkpoint(Path(path))["state_dict"]
+
+
+def same(some: dict, others: dict) -> bool:
+    return all(torch.equal(some[name], others[name]) for name in some)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_a_run_learns_and_leaves_what_is_promised(project, run_train, capsys):
+    run_train("--num-epochs", "4", "--learning-rate", "1e-2")
+    found = rows()
+    assert list(found[0]) == (
+        "epoch,train_loss,val_loss,pixel_accuracy,dice,iou,learning_rate,seconds,images_per_second".split(",")
+    )
+    assert [row["epoch"] for row in found] == ["1", "2", "3", "4"]
+    assert float(found[-1]["dice"]) > max(0.6, float(found[0]["dice"]))
+    assert float(found[-1]["train_loss"]) < float(found[0]["train_loss"])
+
+    table = capsys.readouterr().out
+    assert (
+        len(re.findall(r"^ +\d  +0\.\d{4}  +\d+\.\d{4}  +0\.\d{4}  0\.\d{4}  0\.\d{4} +\d+\.\d", table, re.MULTILINE))
+        == 4
+    )
+
+    best = max(found, key=lambda row: float(row["dice"]))
+    checkpoint = utils.load_checkpoint(Path("my_checkpoint_best.pth.tar"))
+    assert checkpoint["epoch"] == int(best["epoch"])
+    assert checkpoint["preprocessing"] == {"height": 32, "width": 48, "mean": train.MEAN, "std": train.STD}
+    UNet(**checkpoint["model"]).load_state_dict(checkpoint["state_dict"])
+
+
+def test_saved_pictures_show_each_validation_batch(project, run_train):
+    run_train("--num-epochs", "1", "--batch-size", "6")  # 16 photos: 6, 6 and 4
+    assert {path.name for path in Path("saved_images").iterdir()} == {
+        *(f"{n}.png" for n in range(3)), *(f"pred_{n}.png" for n in range(3)), "metrics.csv"
+    }  # fmt: skip
+    truth = np.asarray(Image.open("saved_images/0.png"))[..., 0]
+    assert truth.shape == (2 * 34 + 2, 4 * 50 + 2)  # 4 columns, 2 pixels between photos
+    mask = train.Path("data/val_masks")
+    from dataset import read_mask
+
+    first = read_mask(sorted(mask.iterdir())[0], (32, 48))
+    np.testing.assert_array_equal(truth[2:34, 2:50], first * 255)
+    assert set(np.unique(np.asarray(Image.open("saved_images/pred_0.png"))[2:34, 2:50])) <= {0, 255}
+
+
+def test_a_seed_gives_the_same_weights_for_any_number_of_workers(project, run_train):
+    run_train("--num-epochs", "1")
+    first = weights()
+    run_train("--num-epochs", "1", "--num-workers", "2")
+    assert same(first, weights())
+    run_train("--num-epochs", "1", "--seed", "1")
+    assert not same(first, weights())
+
+
+def test_the_cache_changes_nothing_but_time(project, run_train):
+    run_train("--num-epochs", "1")
+    first = weights()
+    run_train("--num-epochs", "1", "--cache-dir", "none")
+    assert same(first, weights())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_precision_of_the_cpu_trains(project, run_train, precision):
+    run_train("--num-epochs", "1", "--precision", precision)
+    assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in weights().values())
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    rates = [train.learning_rate(progress, 2.0) for progress in np.linspace(0, 1, 1001)]
+    assert 0 < rates[0] < 0.1 and max(rates) == pytest.approx(2.0) and rates[-1] == pytest.approx(0)
+    assert np.abs(np.diff(rates)).max() < 0.03  # no jumps
+    assert int(np.argmax(rates)) == 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Continuing
+
+
+def test_a_continued_run_gives_the_weights_of_an_undisturbed_one(project, run_train, monkeypatch, capsys):
+    run_train("--num-epochs", "3")
+    undisturbed, metrics = weights(), rows()
+
+    check_accuracy, calls = utils.check_accuracy, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return check_accuracy(*args)
+
+    monkeypatch.setattr(utils, "check_accuracy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_train("--num-epochs", "3")
+    assert "my_checkpoint.pth.tar is good, with 1 epochs" in capsys.readouterr().out
+    assert len(rows()) == 1
+    run_train("--num-epochs", "3", "--load-model")
+    assert same(undisturbed, weights())
+    timed = ("seconds", "images_per_second")
+    assert [{k: v for k, v in row.items() if k not in timed} for row in rows()] == [
+        {k: v for k, v in row.items() if k not in timed} for row in metrics
+    ]
+
+
+def test_ctrl_c_ends_cleanly_and_names_the_good_checkpoint(project):
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--num-epochs", "500", "--num-workers", "1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not Path("my_checkpoint.pth.tar").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in out + err
+    assert "my_checkpoint.pth.tar is good" in out
+    assert utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["epoch"] == int(re.search(r"with (\d+) epoch", out)[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A fresh clone
+
+
+@pytest.fixture
+def fresh_clone(tmp_path, monkeypatch) -> Path:
+    for folder in ("train_images", "train_masks", "val_images", "val_masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        (tmp_path / "data" / folder / ".gitkeep").touch()
+    monkeypatch.chdir(tmp_path)
+    draw = sample_data.draw_dataset
+    calls = []
+    monkeypatch.setattr(train, "draw_dataset", lambda folder: calls.append(folder) or draw(folder, 1, 1, 64, 96))
+    return calls
+
+
+def test_a_fresh_clone_trains_on_cars_that_it_draws_once(fresh_clone, run_train, capsys):
+    run_train("--num-epochs", "1")
+    assert len(rows()) == 1
+    assert "data/sample" in capsys.readouterr().out.splitlines()[0]
+    run_train("--num-epochs", "1")
+    assert fresh_clone == [Path("data/sample")]
+    assert len(list(Path("data/sample/train_images").iterdir())) == 16
+    assert [path.name for path in Path("data/train_images").iterdir()] == [".gitkeep"]
+
+
+def test_some_photos_are_never_mixed_with_drawn_ones(fresh_clone, run_train):
+    Image.new("RGB", (96, 64)).save("data/train_images/mine.jpg")
+    with pytest.raises(utils.UserError, match=r"data/train_masks"):
+        run_train()
+    assert not fresh_clone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def test_every_constant_is_a_flag_and_the_only_default():
+    settings = vars(utils.parse_settings(vars(train), []))
+    constants = {name: value for name, value in vars(train).items() if name.isupper() and name != "A"}
+    assert settings == {name.lower(): value for name, value in constants.items()}
+    for name in (
+        "TRAIN_IMG_DIR TRAIN_MASK_DIR VAL_IMG_DIR VAL_MASK_DIR IMAGE_HEIGHT IMAGE_WIDTH BATCH_SIZE NUM_EPOCHS LOAD_MODEL "
+        "LEARNING_RATE NUM_WORKERS DEVICE SEED"
+    ).split():
+        assert name in constants
+    assert (train.IMAGE_HEIGHT, train.IMAGE_WIDTH, train.NUM_EPOCHS) == (160, 240, 3)
+
+
+def test_flags_change_settings():
+    flags = (
+        "--image-height 99 --learning-rate 1e-5 --load-model --features 4 8 16 --cache-dir none --device cpu".split()
+    )
+    settings = utils.parse_settings(vars(train), flags)
+    assert settings.image_height == 99 and settings.learning_rate == 1e-5 and settings.load_model is True
+    assert settings.features == (4, 8, 16) and settings.cache_dir is None and settings.device == "cpu"
+    assert utils.parse_settings(vars(train), ["--no-load-model"]).load_model is False
+
+
+def test_help_shows_every_constant_with_its_comment_and_default(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        utils.parse_settings(vars(train), ["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--batch-size SIZE images in a step; smaller if memory runs out [4]" in text
+    for name in utils.parse_settings(vars(train), []).__dict__:
+        assert "--" + name.replace("_", "-") in text
+
+
+def test_auto_takes_what_is_there():
+    device = utils.choose_device("auto")
+    assert device.type == (
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
+    if device.type == "cpu":
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        assert utils.choose_precision("auto", device) == (torch.bfloat16 if has_bf16 else torch.float32)
+    assert utils.choose_num_workers(3, device) == 3
+    assert utils.choose_num_workers(-1, torch.device("cpu")) == 0
+    assert 1 <= utils.choose_num_workers(-1, torch.device("cuda")) <= 8
