@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from PIL import Image
 
 import train
 import utils
-from conftest import SMALL
 
 
 def first(folder: str) -> Path:
@@ -99,7 +99,7 @@ MISTAKES = {
         lambda: torch.save({"state_dict": np.dtype, "model": print}, "my_checkpoint.pth.tar"), ["--load-model"],
         "my_checkpoint.pth.tar"),
     "weights without a state": (
-        save_finished_run, ["--load-model", "--checkpoint", "my_checkpoint_best.pth.tar"], "my_checkpoint_best.pth.tar"),
+        save_finished_run, ["--load-model", "--checkpoint", "my_checkpoint_best.pth.tar"], "weights only"),
     "a finished run continued": (save_finished_run, ["--load-model", "--num-epochs", "1"], "NUM_EPOCHS"),
     "pictures into a file": (lambda: None, ["--saved-images-dir", "notes.txt/pictures"], "SAVED_IMAGES_DIR"),
     "a checkpoint into a file": (lambda: None, ["--checkpoint", "notes.txt/checkpoint.pth.tar"], "CHECKPOINT"),
