@@ -205,6 +205,7 @@ class CarvanaDataset(Dataset):
         self.size, self.transform, self.seed = tuple(size), transform, seed
         self.cache_file: Path | None = None
         self._cache: np.memmap | None = None
+        self.infos: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -239,31 +240,30 @@ class CarvanaDataset(Dataset):
             if hasattr(step, "set_random_seed"):
                 step.set_random_seed(seed)
 
-    def prepare(self, cache_dir: Path | None) -> np.ndarray:
+    def prepare(self, cache_dir: Path | None) -> None:
         """Decodes every pair once, which checks it, and keeps the samples in a memory-mapped file in cache_dir.
 
         The file serves later runs while the names, sizes and times of all files stay as they are; after a change,
         samples of unchanged files are copied from it. It appears when it is complete. With cache_dir None, or on a disk
         that is full, samples are decoded whenever they are needed.
 
-        Returns (n, 3): height, width and share of foreground of each pair. Raises UserError for a pair that is broken,
-        and if every mask is empty or every mask is full.
+        Sets `infos`, (n, 3): height, width and share of foreground of each pair. Raises UserError for a pair that is
+        broken, and if every mask is empty or every mask is full.
         """
         keys = [(str(image), str(mask), *_stamp(image), *_stamp(mask)) for image, mask in self.pairs]
-        infos = None
+        self.infos = None
         if cache_dir is not None:
             try:
-                infos = self._cached(Path(cache_dir), keys)
+                self.infos = self._cached(Path(cache_dir), keys)
             except OSError as error:
                 tqdm.write(f"No cache in {cache_dir} ({error}): every epoch decodes the photos again.")
-        if infos is None:
-            infos = self._decode_all(keys, {}, None)
+        if self.infos is None:
+            self.infos = self._decode_all(keys, {}, None)
         for state, value in (("empty", 0), ("full", 1)):
-            if (infos[:, 2] == value).all():
+            if (self.infos[:, 2] == value).all():
                 raise UserError(
                     f"every mask in {self.mask_dir} is {state}: masks must be white on the object and black elsewhere"
                 )
-        return infos
 
     def _cached(self, cache_dir: Path, keys: list[tuple]) -> np.ndarray:
         """Finds or builds the file for these keys and serves from it; raises OSError where it cannot be written."""

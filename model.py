@@ -59,6 +59,7 @@ class UNet(nn.Module):
             self.up_convs.append(DoubleConv(feature * 2, feature))
 
         self.head = nn.Conv2d(features[0], out_channels, 1)
+        nn.init.zeros_(self.head.weight)  # so that training starts from the bias, not from noise
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

@@ -33,9 +33,7 @@ TRAIN_IMG_DIR = "data/train_images"
 TRAIN_MASK_DIR = "data/train_masks"
 VAL_IMG_DIR = "data/val_images"
 VAL_MASK_DIR = "data/val_masks"
-CACHE_DIR: str | None = (
-    "data/cache"  # decoded photos, so that only the first run reads files; None decodes them in every epoch
-)
+CACHE_DIR: str | None = "data/cache"  # for decoded photos, 4 bytes a pixel; None decodes them in every epoch
 
 # The network, and the size at which it sees photos. Larger finds finer edges; time and memory grow with the area.
 IMAGE_HEIGHT = 160  # pixels, at least 16; Carvana's photos are 1280
@@ -206,7 +204,10 @@ def train(s: SimpleNamespace) -> None:
     )
 
     torch.manual_seed(s.seed)
-    model = UNet(3, 1, s.features).to(device, memory_format=torch.channels_last)
+    model = UNet(3, 1, s.features)
+    foreground = train_loader.dataset.infos[:, 2].mean()
+    nn.init.constant_(model.head.bias, math.log(foreground / (1 - foreground)))  # the first guess is the mean mask
+    model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate, weight_decay=s.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     history: list[dict] = []  # the rows of metrics.csv

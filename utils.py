@@ -152,7 +152,8 @@ def get_loaders(
         ("val", val_img_dir, val_mask_dir, val_transform),
     ):
         data = CarvanaDataset(image_dir, mask_dir, size, transform, seed)
-        infos = data.prepare(cache_dir)
+        data.prepare(cache_dir)
+        infos = data.infos
         sizes = sorted({(int(height), int(width)) for height, width in infos[:, :2]})
         shown = " to ".join(f"{width} x {height}" for height, width in sizes[:: max(1, len(sizes) - 1)])
         low, middle, high = 100 * np.quantile(infos[:, 2], (0, 0.5, 1))

