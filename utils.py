@@ -34,9 +34,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors."""
+
     def error(self, message: str) -> None:
-        raise UserError(f"{message} (python {self.prog} --help shows all settings)")
+        raise UserError(f"{message} (python {self.prog} --help shows all flags)")
 
 
 def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleNamespace:
@@ -53,7 +55,7 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     lines = re.findall(r"^([A-Z_]+)(: .*None)? = .*?  # (.*)$", source.read_text(encoding="utf-8"), re.MULTILINE)
     comments = {name: comment for name, _, comment in lines}
     may_be_none = {name.lower() for name, annotation, _ in lines if annotation}
-    parser = _Parser(source.name, description=constants["__doc__"].splitlines()[0], allow_abbrev=False)
+    parser = Parser(source.name, description=constants["__doc__"].splitlines()[0], allow_abbrev=False)
     for name, default in constants.items():
         if not name.isupper() or not isinstance(default, (bool, int, float, str, tuple, type(None))):
             continue

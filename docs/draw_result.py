@@ -1,4 +1,4 @@
-"""Draws docs/result.png from the best checkpoint and the drawn cars: python docs/draw_result.py, after train.py."""
+"""Draws docs/result.jpg from the best checkpoint and the drawn cars: python docs/draw_result.py, after train.py."""
 
 import sys
 from pathlib import Path
@@ -33,4 +33,4 @@ for index in SHOWN:
     masks = [np.dstack([np.kron(m, np.ones((2, 2))) * 255] * 3).astype(np.uint8) for m in (mask, predicted)]
     column = np.concatenate((photo, *masks))
     columns.append(np.pad(column, ((4, 4), (4, 4), (0, 0)), constant_values=128))
-Image.fromarray(np.concatenate(columns, axis=1)).quantize(128).save(ROOT / "docs" / "result.png", optimize=True)
+Image.fromarray(np.concatenate(columns, axis=1)).save(ROOT / "docs" / "result.jpg", quality=85)

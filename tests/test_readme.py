@@ -31,5 +31,5 @@ def test_the_settings_table_names_every_constant_with_its_default():
 
 
 def test_every_file_that_it_names_is_there():
-    for name in re.findall(r"`(\w+\.py)`|\((\w+[\w/]*\.png)\)", README):
+    for name in re.findall(r"`(\w+\.py)`|\((\w+[\w/]*\.(?:png|jpg))\)", README):
         assert (ROOT / max(name)).exists(), name

@@ -1,0 +1,180 @@
+"""Sorts Kaggle's download into data/, so that all photos of one car are either in training or in validation.
+
+    python split_data.py train.zip train_masks.zip          # as downloaded; train_hq.zip serves as well as train.zip
+    python split_data.py ~/Downloads/carvana                # a folder with these files, or with what was in them
+    python split_data.py photos masks --move                # your own: masks are the files that end in _mask
+
+Files gather in data/.split first, and move to their places when every pair is there and can be decoded. A run that was
+stopped anywhere is simply run again; originals are deleted (--move) last of all.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset import SUFFIXES, UserError, find_pairs, read_sample, written_whole
+from utils import Parser, run
+
+Source = tuple[str, str, Callable[[Path], object]]  # file name, where it comes from, what brings it to a path
+
+
+def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> Iterator[Source]:
+    """Every image in these zips and folders, and in the folders' train*.zip; test photos have no masks: not these."""
+    for path in paths:
+        if path.suffix.lower() == ".zip":
+            yield from zip_sources(path)
+        elif path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if {"test", "test_hq"}.intersection(file.relative_to(path).parts):
+                    continue
+                if re.fullmatch(r"train.*\.zip", file.name):
+                    yield from zip_sources(file)
+                elif is_image(file.name):
+                    yield file.name, str(file), lambda target, file=file: bring(file, target)
+        else:
+            raise UserError(f"{path} is neither a folder nor a zip file: give what you downloaded, or its folder")
+
+
+def zip_sources(path: Path) -> Iterator[Source]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be opened ({error}): download it again") from error
+    for member in archive.infolist():
+        name = PurePosixPath(member.filename.replace("\\", "/"))
+        if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
+            raise UserError(
+                f"{path} has a member named {member.filename}, outside of its folder: do not trust this file"
+            )
+        if is_image(name.name):
+            yield name.name, f"{path}/{member.filename}", lambda target, m=member: extract(archive, m, target)
+
+
+def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
+    try:
+        with written_whole(target) as temporary:
+            temporary.write_bytes(archive.read(member))
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+        raise UserError(f"{archive.filename} is damaged at {member.filename} ({error}): download it again") from error
+
+
+def copy(file: Path, target: Path) -> None:
+    with written_whole(target) as temporary:
+        shutil.copyfile(file, temporary)
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, or one that knows no hard links
+        copy(file, target)
+
+
+def is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+
+
+def gather(sources: Iterator[Source], stage: Path) -> dict[str, str]:
+    """Brings every file into stage/images or stage/masks; returns where each came from, by its name."""
+    origins: dict[str, str] = {}
+    for name, origin, bring in tqdm(sources, desc="gathering", unit="file", disable=None):
+        if name in origins:
+            raise UserError(f"{name} is there twice, as {origins[name]} and as {origin}: give only one of them")
+        origins[name] = origin
+        bring(stage / ("masks" if Path(name).stem.endswith("_mask") else "images") / name)
+    return origins
+
+
+def verify(stage: Path) -> list[tuple[Path, Path]]:
+    """The pairs in the stage, each decoded once. Raises UserError for a file without partner and for a broken one."""
+    pairs = find_pairs(stage / "images", stage / "masks")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(lambda pair: read_sample(*pair, (16, 16)), pairs)
+        for _ in tqdm(decoded, desc="verifying", total=len(pairs), unit="pair", disable=None):
+            pass
+    return pairs
+
+
+def car_of(image: Path) -> str:
+    """00087a6bd4dc_01.jpg -> 00087a6bd4dc; a name without a number at its end is a car of its own."""
+    return re.sub(r"_\d+$", "", image.stem)
+
+
+def choose_val_cars(cars: set[str], share: float, seed: int) -> set[str]:
+    """A random share of the cars, at least one, and never all."""
+    if len(cars) < 2:
+        raise UserError(f"all photos are of one car, {next(iter(cars))}: a second one is needed to validate on")
+    count = min(max(1, round(share * len(cars))), len(cars) - 1)
+    return set(np.random.default_rng(seed).permutation(sorted(cars))[:count].tolist())
+
+
+def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how: str) -> None:
+    """The whole way; `how` is "copy", "link" or "move". An error leaves sources and data_dir's folders as they were."""
+    stage = data_dir / ".split"
+    plan = stage / "plan.json"  # there as soon as nothing can go wrong any more
+    folders = [data_dir / f"{name}_{kind}" for name in ("train", "val") for kind in ("images", "masks")]
+    if not plan.exists():
+        for folder in folders:
+            if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+                raise UserError(f"{folder} has files already: empty the four folders, or choose another --data-dir")
+        shutil.rmtree(stage, ignore_errors=True)
+        for kind in ("images", "masks"):
+            (stage / kind).mkdir(parents=True)
+        bring = {"copy": copy, "link": os.link, "move": link_or_copy}[how]
+        origins = gather(find_sources(sources, bring), stage)
+        pairs = verify(stage)
+        val_cars = choose_val_cars({car_of(image) for image, _ in pairs}, val_share, seed)
+        places = {}
+        for image, mask in pairs:
+            name = "val" if car_of(image) in val_cars else "train"
+            places |= {f"images/{image.name}": f"{name}_images", f"masks/{mask.name}": f"{name}_masks"}
+        originals = [
+            str(Path(origin).resolve()) for origin in origins.values() if how == "move" and Path(origin).is_file()
+        ]
+        with written_whole(plan) as temporary:
+            temporary.write_text(json.dumps({"places": places, "delete": originals}))
+
+    todo = json.loads(plan.read_text())
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, place in todo["places"].items():
+        if (stage / file).exists():
+            (stage / file).replace(data_dir / place / Path(file).name)
+    for original in todo["delete"]:
+        Path(original).unlink(missing_ok=True)
+    shutil.rmtree(stage)
+    for name in ("train", "val"):
+        images = [path for path in (data_dir / f"{name}_images").iterdir() if is_image(path.name)]
+        cars = {car_of(image) for image in images}
+        print(f"{name:5}  {len(images)} photos of {len(cars)} cars in {data_dir}/{name}_images")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("sources", nargs="+", type=Path, help="zip files and folders")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the four folders are [data]")
+    parser.add_argument("--val-share", type=float, default=0.15, help="share of the cars to validate on [0.15]")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of cars [0]")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--move", dest="how", action="store_const", const="move", help="delete the originals in folders")
+    how.add_argument("--link", dest="how", action="store_const", const="link", help="hard-link them: takes no space")
+    args = parser.parse_args(argv)
+    if not 0 < args.val_share < 1:
+        raise UserError(f"--val-share is {args.val_share}: choose a share between 0 and 1, such as 0.15")
+    try:
+        split(args.sources, args.data_dir, args.val_share, args.seed, args.how or "copy")
+    except OSError as error:
+        place = error.filename or args.data_dir
+        raise UserError(f"{place}: {error.strerror}: make room there, or choose another --data-dir") from error
+
+
+if __name__ == "__main__":
+    run(main)
