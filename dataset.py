@@ -6,8 +6,10 @@ A sample is one uint8 array (H, W, 4) at training size: RGB, and the mask in {0,
 import hashlib
 import json
 import os
+import re
 import shutil
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,7 +29,12 @@ cv2.setNumThreads(0)  # samples are small and read in parallel already: OpenCV's
 
 SUFFIXES = (".gif", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # the order in which masks are sought
 DARK = 32  # of 255: a mask's values below it are labels or compression noise on black
+NUM_THREADS = os.cpu_count() or 1  # that decode side by side while the cache is built: Pillow releases the GIL
 DECODER = 1  # part of the cache's key: raise it when decoding changes
+
+# What is known of a pair: the photo's own size; the shares of foreground in the sample's mask and along its border; a
+# checksum of the sample's image.
+INFO = np.dtype([("height", int), ("width", int), ("foreground", float), ("border", float), ("checksum", int)])
 
 
 class UserError(Exception):
@@ -205,7 +212,7 @@ class CarvanaDataset(Dataset):
         self.size, self.transform, self.seed = tuple(size), transform, seed
         self.cache_file: Path | None = None
         self._cache: np.memmap | None = None
-        self.infos: np.ndarray | None = None
+        self.infos: np.ndarray | None = None  # (n,) of INFO, once prepared
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -247,8 +254,8 @@ class CarvanaDataset(Dataset):
         samples of unchanged files are copied from it. It appears when it is complete. With cache_dir None, or on a disk
         that is full, samples are decoded whenever they are needed.
 
-        Sets `infos`, (n, 3): height, width and share of foreground of each pair. Raises UserError for a pair that is
-        broken, and if every mask is empty or every mask is full.
+        Sets `infos`, an INFO for each pair. Raises UserError for a pair that is broken, and if every mask is empty or
+        every mask is full.
         """
         keys = [(str(image), str(mask), *_stamp(image), *_stamp(mask)) for image, mask in self.pairs]
         self.infos = None
@@ -260,7 +267,7 @@ class CarvanaDataset(Dataset):
         if self.infos is None:
             self.infos = self._decode_all(keys, {}, None)
         for state, value in (("empty", 0), ("full", 1)):
-            if (self.infos[:, 2] == value).all():
+            if (self.infos["foreground"] == value).all():
                 raise UserError(
                     f"every mask in {self.mask_dir} is {state}: masks must be white on the object and black elsewhere"
                 )
@@ -275,7 +282,7 @@ class CarvanaDataset(Dataset):
             if not (data.exists() and index.exists()):
                 self._build(place, data, keys)
             self.cache_file, self._cache = data, None
-            return np.array([info for _, info in json.loads(index.read_text())])
+            return np.array([tuple(info) for _, info in json.loads(index.read_text())], INFO)
 
     def _build(self, place: Path, data: Path, keys: list[tuple]) -> None:
         for leftover in place.parent.glob(f"{place.name}-*.tmp"):  # of a run that was killed
@@ -306,27 +313,33 @@ class CarvanaDataset(Dataset):
     def _decode_all(self, keys: list[tuple], known: dict[tuple, tuple], file: BinaryIO | None) -> np.ndarray:
         """Reads every sample, from an older cache if `known` has its key, and appends it to `file`; returns infos."""
 
-        def read(row: int) -> tuple[np.ndarray, list[float]]:
+        def read(row: int) -> tuple[np.ndarray, tuple]:
             if keys[row] in known:
                 path, old_row, info = known[keys[row]]
                 offset = old_row * self._sample_bytes
-                return np.fromfile(path, np.uint8, self._sample_bytes, offset=offset), info
+                return np.fromfile(path, np.uint8, self._sample_bytes, offset=offset), tuple(info)
             sample, own_size = read_sample(*self.pairs[row], self.size)
-            return sample, [*own_size, float(sample[..., 3].mean())]
+            return sample, (*own_size, *_describe(sample))
 
         infos = []
-        workers = os.cpu_count() or 1
         with (
-            ThreadPoolExecutor(workers) as pool,
+            ThreadPoolExecutor(NUM_THREADS) as pool,
             tqdm(total=len(self), desc="reading", unit="pair", disable=None) as bar,
         ):
-            for start in range(0, len(self), 8 * workers):  # in portions, so that samples do not pile up in memory
-                for sample, info in pool.map(read, range(start, min(start + 8 * workers, len(self)))):
+            for start in range(0, len(self), 8 * NUM_THREADS):  # in portions, so that samples do not pile up in memory
+                for sample, info in pool.map(read, range(start, min(start + 8 * NUM_THREADS, len(self)))):
                     infos.append(info)
                     if file is not None:
                         file.write(sample.data)
                     bar.update()
-        return np.array(infos)
+        return np.array(infos, INFO)
+
+
+def _describe(sample: np.ndarray) -> tuple[float, float, int]:
+    """INFO's foreground, border and checksum."""
+    mask = sample[..., 3]
+    border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    return float(mask.mean()), float(border.mean()), zlib.crc32(np.ascontiguousarray(sample[..., :3]))
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -341,3 +354,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def car_of(image: Path) -> str | None:
+    """Carvana's name of the car: 00087a6bd4dc_01.jpg -> 00087a6bd4dc; None for a photo that is named otherwise."""
+    match = re.fullmatch(r"([0-9a-f]{12})_\d\d", image.stem)
+    return match[1] if match else None

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from dataset import SUFFIXES, UserError, find_pairs, read_sample, written_whole
+from dataset import SUFFIXES, UserError, car_of, find_pairs, read_sample, written_whole
 from utils import Parser, run
 
 Source = tuple[str, str, Callable[[Path], object]]  # file name, where it comes from, what brings it to a path
@@ -103,9 +103,9 @@ def verify(stage: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def car_of(image: Path) -> str:
-    """00087a6bd4dc_01.jpg -> 00087a6bd4dc; a name without a number at its end is a car of its own."""
-    return re.sub(r"_\d+$", "", image.stem)
+def group_of(image: Path) -> str:
+    """The car; a photo that is not named as Carvana's stands for itself."""
+    return car_of(image) or image.stem
 
 
 def choose_val_cars(cars: set[str], share: float, seed: int) -> set[str]:
@@ -131,10 +131,10 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
         bring = {"copy": copy, "link": os.link, "move": link_or_copy}[how]
         origins = gather(find_sources(sources, bring), stage)
         pairs = verify(stage)
-        val_cars = choose_val_cars({car_of(image) for image, _ in pairs}, val_share, seed)
+        val_cars = choose_val_cars({group_of(image) for image, _ in pairs}, val_share, seed)
         places = {}
         for image, mask in pairs:
-            name = "val" if car_of(image) in val_cars else "train"
+            name = "val" if group_of(image) in val_cars else "train"
             places |= {f"images/{image.name}": f"{name}_images", f"masks/{mask.name}": f"{name}_masks"}
         originals = [
             str(Path(origin).resolve()) for origin in origins.values() if how == "move" and Path(origin).is_file()
@@ -153,7 +153,7 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
     shutil.rmtree(stage)
     for name in ("train", "val"):
         images = [path for path in (data_dir / f"{name}_images").iterdir() if is_image(path.name)]
-        cars = {car_of(image) for image in images}
+        cars = {group_of(image) for image in images}
         print(f"{name:5}  {len(images)} photos of {len(cars)} cars in {data_dir}/{name}_images")
 
 

@@ -144,6 +144,8 @@ def train_epoch(
         total=len(loader.dataset), desc=f"epoch {epoch + 1}/{s.num_epochs}", unit="img", leave=False, disable=None
     ) as bar:
         for step, (images, masks) in enumerate(loader):
+            if step == 0:
+                utils.save_train_batch(images, masks, s.mean, s.std, Path(s.saved_images_dir, "train_batch.png"))
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)  # (N, 3, H, W)
             masks = masks.to(device, non_blocking=True).unsqueeze(1)  # (N, 1, H, W)
             lr = learning_rate((epoch + step / len(loader)) / s.num_epochs, s.learning_rate)
@@ -205,7 +207,7 @@ def train(s: SimpleNamespace) -> None:
 
     torch.manual_seed(s.seed)
     model = UNet(3, 1, s.features)
-    foreground = train_loader.dataset.infos[:, 2].mean()
+    foreground = train_loader.dataset.infos["foreground"].mean()
     nn.init.constant_(model.head.bias, math.log(foreground / (1 - foreground)))  # the first guess is the mean mask
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate, weight_decay=s.weight_decay, fused=True)

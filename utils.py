@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from dataset import CarvanaDataset, UserError, written_whole
+from dataset import CarvanaDataset, UserError, car_of, written_whole
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -148,32 +148,49 @@ def get_loaders(
 
     Prints what was found. Batches do not depend on num_workers. Raises UserError for anything wrong with the files.
     """
-    loaders = []
-    for name, image_dir, mask_dir, transform in (
-        ("train", train_img_dir, train_mask_dir, train_transform),
-        ("val", val_img_dir, val_mask_dir, val_transform),
-    ):
-        data = CarvanaDataset(image_dir, mask_dir, size, transform, seed)
+    train_set = CarvanaDataset(train_img_dir, train_mask_dir, size, train_transform, seed)
+    val_set = CarvanaDataset(val_img_dir, val_mask_dir, size, val_transform, seed)
+    for data in (train_set, val_set):
         data.prepare(cache_dir)
-        infos = data.infos
-        sizes = sorted({(int(height), int(width)) for height, width in infos[:, :2]})
-        shown = " to ".join(f"{width} x {height}" for height, width in sizes[:: max(1, len(sizes) - 1)])
-        low, middle, high = 100 * np.quantile(infos[:, 2], (0, 0.5, 1))
-        print(
-            f"{name:5}  {len(data)} pairs of {shown} in {image_dir}; foreground {low:.1f} to {high:.1f} %, "
-            f"median {middle:.1f} %; {(infos[:, 2] == 0).sum()} masks are empty"
+    print(report(train_set, val_set))
+    options = {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": _ignore_ctrl_c,
+    }
+    train_loader = DataLoader(train_set, batch_size, sampler=EpochSampler(len(train_set), seed), **options)
+    return train_loader, DataLoader(val_set, batch_size, **options)
+
+
+def report(train: CarvanaDataset, val: CarvanaDataset) -> str:
+    """What two prepared sets hold, a line each, and a line for everything that smells of a mistake."""
+    lines = ["set    pairs  photos                      foreground min, median, max     empty masks"]
+    for name, data in (("train", train), ("val", val)):
+        sizes = sorted({(width, height) for height, width in data.infos[["height", "width"]].tolist()})
+        photos = " to ".join(f"{width} x {height}" for width, height in sizes[:: max(1, len(sizes) - 1)])
+        foreground, border = data.infos["foreground"], data.infos["border"]
+        shares = ", ".join(f"{100 * share:.1f} %" for share in np.quantile(foreground, (0, 0.5, 1)))
+        lines.append(f"{name:5}  {len(data):5}  {photos:26}  {shares:30}  {(foreground == 0).sum():11}")
+        if foreground.max() < 0.001:
+            lines.append(f"WARNING: no mask in {data.mask_dir} covers 0.1 % of its photo: are these the right masks?")
+        elif foreground.min() > 0.99:
+            lines.append(f"WARNING: every mask in {data.mask_dir} covers over 99 % of its photo: are these right?")
+        elif np.median(foreground) > 0.5 and np.median(border) > 0.5:
+            lines.append(f"WARNING: masks in {data.mask_dir} look inverted: the object must be white, the rest black")
+
+    cars = [{car_of(image) for image, _ in data.pairs} - {None} for data in (train, val)]
+    if both := cars[0] & cars[1]:
+        lines.append(
+            f"WARNING: {len(both)} cars are in both sets, such as {min(both)}: scores will flatter (split_data.py)"
         )
-        loader = DataLoader(
-            data,
-            batch_size,
-            sampler=EpochSampler(len(data), seed) if name == "train" else None,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=_ignore_ctrl_c,
+    known = dict(zip(train.infos["checksum"].tolist(), train.pairs, strict=True))
+    copies = [image for (image, _), info in zip(val.pairs, val.infos, strict=True) if int(info["checksum"]) in known]
+    if copies:
+        lines.append(
+            f"WARNING: {len(copies)} validation photos are in both sets, such as {copies[0]}: scores will flatter"
         )
-        loaders.append(loader)
-    return loaders[0], loaders[1]
+    return "\n".join(lines)
 
 
 def _ignore_ctrl_c(_: int) -> None:
@@ -276,6 +293,16 @@ def save_predictions_as_imgs(predictions: Tensor, masks: Tensor, number: int, fo
     for name, batch in ((f"pred_{number}.png", predictions), (f"{number}.png", masks)):
         with written_whole(folder / name) as temporary:
             save_image(batch.float(), temporary, format="png", nrow=4, pad_value=0.5)
+
+
+def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, path: Path) -> None:
+    """Saves a batch as the network sees it, augmented, (N, 3, H, W) and (N, H, W), with the masks outlined."""
+    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    masks = masks[:, None]
+    outline = F.max_pool2d(masks, 3, stride=1, padding=1) > masks  # the background next to foreground
+    picture = torch.where(outline, torch.tensor((1.0, 0.9, 0.0)).view(3, 1, 1), images * std + mean)
+    with written_whole(path) as temporary:
+        save_image(picture.clamp(0, 1), temporary, format="png", nrow=4, pad_value=0.5)
 
 
 def save_metrics(history: list[dict], path: Path) -> None:

@@ -1,0 +1,69 @@
+"""The cache when processes are killed, and when several start together: real processes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import SMALL
+
+import train
+from dataset import CarvanaDataset
+
+ROOT = Path(train.__file__).parent
+
+
+def build(drawn: Path, cache: Path, delay: float) -> subprocess.Popen:
+    script = [sys.executable, str(ROOT / "tests" / "build_cache.py")]
+    folders = [str(drawn / "train_images"), str(drawn / "train_masks"), str(cache)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*script, *folders, str(delay)], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def samples(cache: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in cache.iterdir() if path.suffix in (".samples", ".json")}
+
+
+def test_a_build_that_is_killed_leaves_nothing_half_written(drawn, tmp_path):
+    undisturbed = CarvanaDataset(drawn / "train_images", drawn / "train_masks", (32, 48))
+    undisturbed.prepare(tmp_path / "undisturbed")
+    cache = tmp_path / "cache"
+    for wait in random.Random(0).sample([0.02 * step for step in range(1, 25)], 5):  # the build takes 0.32 s and more
+        process = build(drawn, cache, delay=0.01)
+        assert process.stdout.readline() == "building\n"
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if cache.exists():
+            assert samples(cache) in ({}, samples(tmp_path / "undisturbed"))
+    CarvanaDataset(drawn / "train_images", drawn / "train_masks", (32, 48)).prepare(cache)
+    assert samples(cache) == samples(tmp_path / "undisturbed")
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_of_processes_that_start_together_one_builds(drawn, tmp_path):
+    processes = [build(drawn, tmp_path / "cache", delay=0.02) for _ in range(3)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    decoded = sorted(int(output.split()[-1]) for output in outputs)
+    assert decoded == [0, 0, 64]
+
+
+def test_workers_start_under_spawn_as_on_windows_and_macos(project):
+    Path("spawned.py").write_text(
+        "import multiprocessing, sys\nimport train\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    train.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "spawned.py", *SMALL, "--num-workers", "2", "--num-epochs", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spawned = train.utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
+    train.main([*SMALL, "--num-epochs", "1"])
+    forked = train.utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
+    assert all(spawned[name].equal(forked[name]) for name in forked)
