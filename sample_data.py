@@ -413,7 +413,9 @@ def draw_dataset(
         stem, photo, mask = draw_photo(seed, index, view, height, width)
         split = "train" if index < train_cars else "val"
         Image.fromarray(photo).save(temporary / f"{split}_images" / f"{stem}.jpg", quality=75)
-        Image.fromarray(mask > 0).save(temporary / f"{split}_masks" / f"{stem}_mask.gif")  # 1 bit: black and white
+        mask = Image.fromarray(mask // 255, "P")
+        mask.putpalette((0, 0, 0, 255, 255, 255))
+        mask.save(temporary / f"{split}_masks" / f"{stem}_mask.gif")
 
     jobs = [(index, view) for index in range(train_cars + val_cars) for view in range(VIEWS)]
     try:

@@ -3,10 +3,12 @@ import pickle
 import shutil
 from pathlib import Path
 
+import albumentations as A
 import cv2
 import numpy as np
 import pytest
 import torch
+from albumentations.pytorch import ToTensorV2
 from PIL import Image
 
 import train
@@ -192,8 +194,8 @@ def test_masks_pair_by_stem(image_name, mask_name, tmp_path):
     assert find_pairs(tmp_path / "images", tmp_path / "masks") == [
         (tmp_path / "images" / image_name, tmp_path / "masks" / mask_name)
     ]
-    sample, size = read_sample(tmp_path / "images" / image_name, tmp_path / "masks" / mask_name, (20, 30))
-    assert sample.shape == (20, 30, 4) and size == (40, 60)
+    image, mask, size = read_sample(tmp_path / "images" / image_name, tmp_path / "masks" / mask_name, (20, 30))
+    assert image.shape == (20, 30, 3) and mask.shape == (20, 30) and size == (40, 60)
 
 
 def test_carvanas_name_wins(tmp_path):
@@ -219,9 +221,10 @@ def test_cached_samples_are_the_decoded_ones(drawn, tmp_path):
     plain.prepare(None)
     cached.prepare(tmp_path)
     np.testing.assert_array_equal(cached.infos, plain.infos)
-    assert (cached.infos[:, :2] == (64, 96)).all()
+    assert (cached.infos["height"] == 64).all() and (cached.infos["width"] == 96).all()
     for index in range(len(plain)):
-        np.testing.assert_array_equal(plain.sample(index), cached.sample(index))
+        for one, other in zip(plain.sample(index), cached.sample(index), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_a_second_run_decodes_nothing(drawn, tmp_path, monkeypatch):
@@ -231,7 +234,7 @@ def test_a_second_run_decodes_nothing(drawn, tmp_path, monkeypatch):
     again = make_dataset(drawn)
     again.prepare(tmp_path)
     np.testing.assert_array_equal(again.infos, first.infos)
-    assert again.sample(0).shape == (32, 48, 4)
+    assert again.sample(0)[0].shape == (32, 48, 3)
 
 
 def test_only_what_changed_is_decoded_again(project, monkeypatch):
@@ -247,14 +250,15 @@ def test_only_what_changed_is_decoded_again(project, monkeypatch):
     assert sum(path.suffix == ".samples" for path in (project / "cache").iterdir()) == 1  # the older one is gone
     plain = make_dataset(data)
     for index in range(len(plain)):
-        np.testing.assert_array_equal(plain.sample(index), cached.sample(index))
+        for one, other in zip(plain.sample(index), cached.sample(index), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_another_size_has_a_cache_of_its_own(drawn, tmp_path):
     make_dataset(drawn).prepare(tmp_path)
     other = CarvanaDataset(drawn / "train_images", drawn / "train_masks", (16, 24))
     other.prepare(tmp_path)
-    assert other.sample(0).shape == (16, 24, 4)
+    assert other.sample(0)[1].shape == (16, 24)
     assert sum(path.suffix == ".samples" for path in tmp_path.iterdir()) == 2
 
 
@@ -263,7 +267,7 @@ def test_a_cache_that_cannot_be_built_is_done_without(drawn, tmp_path, monkeypat
     dataset = make_dataset(drawn)
     dataset.prepare(tmp_path)
     assert "No cache" in capsys.readouterr().out
-    assert dataset.sample(0).shape == (32, 48, 4)
+    assert dataset.sample(0)[0].shape == (32, 48, 3)
     assert not files(tmp_path)
 
 
@@ -281,13 +285,24 @@ def test_a_disk_that_fills_up_while_the_cache_is_built_leaves_nothing(drawn, tmp
 def test_a_pickled_dataset_does_not_carry_the_samples(drawn, tmp_path):
     dataset = make_dataset(drawn)
     dataset.prepare(tmp_path)
-    sample = dataset.sample(3)
+    image, mask = dataset.sample(3)
     assert len(pickle.dumps(dataset)) < 32 * 48 * 4 * len(dataset) / 4
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(dataset)).sample(3), sample)
+    again = pickle.loads(pickle.dumps(dataset)).sample(3)
+    np.testing.assert_array_equal(again[0], image)
+    np.testing.assert_array_equal(again[1], mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loader
+
+
+@pytest.mark.filterwarnings("error")
+def test_validation_raises_no_warnings(drawn, tmp_path):
+    settings = utils.parse_settings(vars(train), [])
+    dataset = make_dataset(drawn, transform=train.make_transforms(settings)[1])
+    for cache in (None, tmp_path):
+        dataset.prepare(cache)
+        assert dataset[0][1].shape == (32, 48)
 
 
 def batches(drawn: Path, num_workers: int, epoch: int = 0, seed: int = 0) -> list[torch.Tensor]:
@@ -323,16 +338,17 @@ def test_order_and_augmentation_depend_on_seed_and_epoch(drawn):
 
 
 def test_steps_of_the_augmentation_are_independent(drawn):
-    """Whether a sample is flipped says nothing about whether it is also brightened."""
-    import albumentations as A
-
-    steps = [A.HorizontalFlip(p=0.5), A.RandomBrightnessContrast(p=0.5)]
-    dataset = make_dataset(drawn, transform=A.Compose(steps))
-    drawn_numbers = []
+    """Whether a sample is flipped says nothing about whether it is also inverted."""
+    dataset = make_dataset(drawn, transform=A.Compose([A.HorizontalFlip(p=0.5), A.InvertImg(p=0.5), ToTensorV2()]))
+    image, mask = dataset.sample(0)
+    found = []
     for epoch in range(200):
-        dataset._seed_transform(epoch, 0)
-        drawn_numbers.append([step.py_random.random() < 0.5 for step in steps])
-    assert abs(np.corrcoef(np.array(drawn_numbers).T)[0, 1]) < 0.3
+        changed, changed_mask = dataset[epoch, 0]
+        flipped = not np.array_equal(changed_mask, mask)
+        inverted = abs(changed.float().mean() - image.mean()) > 0.1
+        found.append((flipped, bool(inverted)))
+    assert all(60 < count < 140 for count in np.sum(found, axis=0))
+    assert abs(np.corrcoef(np.array(found, float).T)[0, 1]) < 0.25
 
 
 def test_no_image_is_left_out(drawn):

@@ -64,7 +64,7 @@ def test_a_run_learns_and_leaves_what_is_promised(project, run_train, capsys):
 def test_saved_pictures_show_each_validation_batch(project, run_train):
     run_train("--num-epochs", "1", "--batch-size", "14")  # 32 photos: 14, 14 and 4
     assert {path.name for path in Path("saved_images").iterdir()} == {
-        *(f"{n}.png" for n in range(3)), *(f"pred_{n}.png" for n in range(3)), "metrics.csv"
+        *(f"{n}.png" for n in range(3)), *(f"pred_{n}.png" for n in range(3)), "metrics.csv", "train_batch.png"
     }  # fmt: skip
     truth = np.asarray(Image.open("saved_images/0.png"))[..., 0]
     assert truth.shape == (4 * 34 + 2, 4 * 50 + 2)  # 4 columns, 2 pixels between photos
