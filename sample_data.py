@@ -296,7 +296,7 @@ class Painter:
     def draw(self, car: Car) -> None:
         near = [side for side in (-1, 1) if side * self.eye[1] > car.width / 2]  # the sides that the camera sees
         far = [side for side in (-1, 1) if side not in near]
-        for side in far:
+        for side in (*far, *near):
             for tyre, _ in car.wheels[side]:
                 self.fill_hull(tyre, RUBBER)
         self.fill_visible(car.body)
@@ -307,8 +307,7 @@ class Painter:
         for side in near:
             for polygon in car.sides[side]:
                 self.fill(polygon.corners, polygon.colour)
-            for tyre, face in car.wheels[side]:
-                self.fill_hull(tyre, RUBBER)
+            for _, face in car.wheels[side]:
                 for polygon in face:
                     self.fill(polygon.corners, polygon.colour)
             self.fill_hull(car.mirrors[side], tuple(int(0.85 * c) for c in car.paint))

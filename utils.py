@@ -272,6 +272,8 @@ def check_accuracy(
             counts.append(torch.stack(confusion(predictions, masks > 0)))
             if folder is not None:
                 save_predictions_as_imgs(predictions, masks, number, folder)
+            if number % 10 == 0:
+                bar.set_postfix(loss=f"{losses[-1].mean().item():.4f}", refresh=False)
             bar.update(len(images))
     model.train(was_training)
 
