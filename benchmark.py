@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--json", type=Path, help="writes the figures to this file, too")
     args = parser.parse_args(argv)
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise utils.UserError(f"--json {args.json}: its folder does not exist, create it first")
     figures = BENCHMARKS[args.what]()
     for name, value in figures.items():
         print(f"{args.what + '.' + name:36} {value:10.2f}")

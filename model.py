@@ -37,7 +37,7 @@ class UNet(nn.Module):
         in_channels: channels of the image.
         out_channels: channels of the logits; 1 for a binary mask.
         features: channels of each stage, from full size down; every stage halves height and width, and the bottleneck
-            doubles the last stage's channels. The default has 31 million weights.
+            has twice the last stage's channels. The default has 31 million weights.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 1, features: tuple[int, ...] = (64, 128, 256, 512)):
@@ -51,12 +51,14 @@ class UNet(nn.Module):
             channels = feature
 
         self.bottleneck = DoubleConv(channels, channels * 2)
+        channels *= 2
 
-        self.ups = nn.ModuleList()  # enlarges (N, 2C, H, W) to (N, C, 2H, 2W)
-        self.up_convs = nn.ModuleList()  # merges that with the skip: (N, 2C, 2H, 2W) -> (N, C, 2H, 2W)
+        self.ups = nn.ModuleList()  # twice the height and width, and the stage's channels
+        self.up_convs = nn.ModuleList()  # merges that with the skip of as many channels
         for feature in reversed(features):
-            self.ups.append(nn.ConvTranspose2d(feature * 2, feature, 2, stride=2))
+            self.ups.append(nn.ConvTranspose2d(channels, feature, 2, stride=2))
             self.up_convs.append(DoubleConv(feature * 2, feature))
+            channels = feature
 
         self.head = nn.Conv2d(features[0], out_channels, 1)
         nn.init.zeros_(self.head.weight)  # so that training starts from the bias, not from noise

@@ -403,6 +403,7 @@ def draw_dataset(
 
     The folder appears once everything in it is drawn. Raises FileExistsError if it is there already and not empty.
     """
+    output_dir = output_dir.absolute()
     if output_dir.exists() and any(output_dir.iterdir()):
         raise FileExistsError(f"{output_dir} is not empty: remove it, or choose another --output-dir")
     temporary = output_dir.with_name(f"{output_dir.name}.{os.getpid()}.tmp")

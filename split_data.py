@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -23,17 +24,20 @@ from tqdm import tqdm
 from dataset import SUFFIXES, UserError, car_of, find_pairs, read_sample, written_whole
 from utils import Parser, run
 
+NOT_SEARCHED = {"test", "test_hq", "sample", "cache", "saved_images"}  # test photos have no masks; the others are ours
+
 Source = tuple[str, str, Callable[[Path], object]]  # file name, where it comes from, what brings it to a path
 
 
 def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> Iterator[Source]:
-    """Every image in these zips and folders, and in the folders' train*.zip; test photos have no masks: not these."""
+    """Every image in these zips and folders, and in the folders' train*.zip."""
     for path in paths:
         if path.suffix.lower() == ".zip":
             yield from zip_sources(path)
         elif path.is_dir():
             for file in sorted(path.rglob("*")):
-                if {"test", "test_hq"}.intersection(file.relative_to(path).parts):
+                folders = file.relative_to(path).parts[:-1]
+                if any(name in NOT_SEARCHED or name.startswith(".") for name in folders):
                     continue
                 if re.fullmatch(r"train.*\.zip", file.name):
                     yield from zip_sources(file)
@@ -50,7 +54,7 @@ def zip_sources(path: Path) -> Iterator[Source]:
         raise UserError(f"{path} cannot be opened ({error}): download it again") from error
     for member in archive.infolist():
         name = PurePosixPath(member.filename.replace("\\", "/"))
-        if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
+        if name.is_absolute() or ".." in name.parts or ":" in str(name):
             raise UserError(
                 f"{path} has a member named {member.filename}, outside of its folder: do not trust this file"
             )
@@ -62,7 +66,7 @@ def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
     try:
         with written_whole(target) as temporary:
             temporary.write_bytes(archive.read(member))
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
         raise UserError(f"{archive.filename} is damaged at {member.filename} ({error}): download it again") from error
 
 
@@ -93,13 +97,23 @@ def gather(sources: Iterator[Source], stage: Path) -> dict[str, str]:
     return origins
 
 
-def verify(stage: Path) -> list[tuple[Path, Path]]:
+def verify(stage: Path, origins: dict[str, str]) -> list[tuple[Path, Path]]:
     """The pairs in the stage, each decoded once. Raises UserError for a file without partner and for a broken one."""
-    pairs = find_pairs(stage / "images", stage / "masks")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(lambda pair: read_sample(*pair, (16, 16)), pairs)
-        for _ in tqdm(decoded, desc="verifying", total=len(pairs), unit="pair", disable=None):
-            pass
+    for kind, rule in (("images", "photos"), ("masks", "masks, which end in _mask: was train_masks.zip forgotten")):
+        if not any((stage / kind).iterdir()):
+            raise UserError(f"the sources hold no {rule}? Give photos and masks (a zip inside a zip: unpack it first)")
+    try:
+        pairs = find_pairs(stage / "images", stage / "masks")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            decoded = pool.map(lambda pair: read_sample(*pair, (16, 16)), pairs)
+            for _ in tqdm(decoded, desc="verifying", total=len(pairs), unit="pair", disable=None):
+                pass
+    except UserError as error:  # names the copy in the stage: the user knows the file by where it came from
+        message = str(error)
+        for name, origin in origins.items():
+            message = message.replace(f"{stage / 'images' / name} ", f"{origin} ")
+            message = message.replace(f"{stage / 'masks' / name} ", f"{origin} ")
+        raise UserError(message.replace(f"{stage}{os.sep}", "the ")) from error
     return pairs
 
 
@@ -130,7 +144,7 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
             (stage / kind).mkdir(parents=True)
         bring = {"copy": copy, "link": os.link, "move": link_or_copy}[how]
         origins = gather(find_sources(sources, bring), stage)
-        pairs = verify(stage)
+        pairs = verify(stage, origins)
         val_cars = choose_val_cars({group_of(image) for image, _ in pairs}, val_share, seed)
         places = {}
         for image, mask in pairs:
@@ -141,6 +155,9 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
         ]
         with written_whole(plan) as temporary:
             temporary.write_text(json.dumps({"places": places, "delete": originals}))
+
+    else:
+        print(f"Finishing the split that was stopped in {data_dir}; for another one empty its folders and run again.")
 
     todo = json.loads(plan.read_text())
     for folder in folders:
@@ -167,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     how.add_argument("--move", dest="how", action="store_const", const="move", help="delete the originals in folders")
     how.add_argument("--link", dest="how", action="store_const", const="link", help="hard-link them: takes no space")
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}: choose a whole number, at least 0")
     if not 0 < args.val_share < 1:
         raise UserError(f"--val-share is {args.val_share}: choose a share between 0 and 1, such as 0.15")
     try:

@@ -74,24 +74,28 @@ def make_transforms(s: SimpleNamespace) -> tuple[A.Compose, A.Compose]:
 
 
 def check_settings(s: SimpleNamespace) -> None:
-    """Raises UserError for a value out of its range."""
-    smallest = max(16, 2 ** len(s.features))
-    for name, valid, wanted in (
-        ("IMAGE_HEIGHT", s.image_height >= smallest, f"at least {smallest}"),
-        ("IMAGE_WIDTH", s.image_width >= smallest, f"at least {smallest}"),
-        ("FEATURES", min(s.features) >= 1, "numbers of channels, at least 1"),
-        ("NUM_EPOCHS", s.num_epochs >= 1, "at least 1"),
-        ("BATCH_SIZE", s.batch_size >= 1, "at least 1"),
-        ("LEARNING_RATE", 0 < s.learning_rate < math.inf, "more than 0, such as 1e-3"),
-        ("WEIGHT_DECAY", 0 <= s.weight_decay < math.inf, "at least 0"),
-        ("MEAN", len(s.mean) == 3, "three numbers"),
-        ("STD", len(s.std) == 3 and min(s.std) > 0, "three numbers above 0"),
-        ("SEED", s.seed >= 0, "at least 0"),
-        ("NUM_WORKERS", s.num_workers >= -1, "at least 0, or to -1"),
-        ("PRECISION", s.precision in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
+    """Raises UserError for a value of the wrong type or out of its range."""
+    whole, number = int, (int, float)
+    for name, kind, is_valid, wanted in (
+        ("FEATURES", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
+        ("IMAGE_HEIGHT", whole, lambda v: v >= max(16, 2 ** len(s.features)), "a whole number, at least 16"),
+        ("IMAGE_WIDTH", whole, lambda v: v >= max(16, 2 ** len(s.features)), "a whole number, at least 16"),
+        ("NUM_EPOCHS", whole, lambda v: v >= 1, "a whole number, at least 1"),
+        ("BATCH_SIZE", whole, lambda v: v >= 1, "a whole number, at least 1"),
+        ("LEARNING_RATE", number, lambda v: 0 < v < math.inf, "a number above 0, such as 1e-3"),
+        ("WEIGHT_DECAY", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
+        ("MEAN", tuple, lambda v: len(v) == 3 and all(math.isfinite(c) for c in v), "three numbers"),
+        ("STD", tuple, lambda v: len(v) == 3 and all(0 < c < math.inf for c in v), "three numbers above 0"),
+        ("SEED", whole, lambda v: v >= 0, "a whole number, at least 0"),
+        ("NUM_WORKERS", whole, lambda v: v >= -1, "a whole number, at least 0, or to -1"),
+        ("DEVICE", str, bool, '"auto", "cuda", "mps" or "cpu"'),
+        ("PRECISION", str, lambda v: v in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
+        ("CHECKPOINT", str, lambda v: v and not Path(v).is_dir(), "a file's name"),
+        ("SAVED_IMAGES_DIR", str, bool, "a folder's name"),
     ):
-        if not valid:
-            raise UserError(f"{name} is {getattr(s, name.lower())}: set it to {wanted}")
+        value = getattr(s, name.lower())
+        if not isinstance(value, kind) or isinstance(value, bool) or not is_valid(value):
+            raise UserError(f"{name} is {value!r}: set it to {wanted}")
     for name, folder in (("CHECKPOINT", Path(s.checkpoint).parent), ("SAVED_IMAGES_DIR", Path(s.saved_images_dir))):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +105,9 @@ def check_settings(s: SimpleNamespace) -> None:
 
 
 def use_sample_if_empty(s: SimpleNamespace) -> None:
-    """A fresh clone trains: while the four default folders are there and all empty, cars are drawn and trained on."""
+    """A fresh clone trains: while the four folders of data/ are there and all empty, cars are drawn and trained on."""
     folders = (s.train_img_dir, s.train_mask_dir, s.val_img_dir, s.val_mask_dir)
-    if folders != (TRAIN_IMG_DIR, TRAIN_MASK_DIR, VAL_IMG_DIR, VAL_MASK_DIR):
+    if folders != ("data/train_images", "data/train_masks", "data/val_images", "data/val_masks"):
         return
     for folder in map(Path, folders):
         if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
@@ -146,8 +150,7 @@ def train_epoch(
         for step, (images, masks) in enumerate(loader):
             if step == 0:
                 utils.save_train_batch(images, masks, s.mean, s.std, Path(s.saved_images_dir, "train_batch.png"))
-            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)  # (N, 3, H, W)
-            masks = masks.to(device, non_blocking=True).unsqueeze(1)  # (N, 1, H, W)
+            images, masks = utils.to_device(images, masks, device)  # (N, 3, H, W), (N, 1, H, W)
             lr = learning_rate((epoch + step / len(loader)) / s.num_epochs, s.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -171,11 +174,16 @@ def train_epoch(
 def load_model(s: SimpleNamespace) -> dict:
     """The checkpoint to continue from. Raises UserError if it cannot be continued with these settings."""
     checkpoint = utils.load_checkpoint(Path(s.checkpoint))
-    features = tuple(checkpoint["model"]["features"])
-    if features != s.features:
-        raise UserError(f"{s.checkpoint} is of a network with FEATURES {features}: set these, or LOAD_MODEL = False")
-    if "optimizer" not in checkpoint:
+    if not {"optimizer", "scaler", "epoch", "history"} <= checkpoint.keys():
         raise UserError(f"{s.checkpoint} has weights only: set CHECKPOINT to the one without _best in its name")
+    settings = checkpoint["preprocessing"]
+    for name, before, now in (
+        ("FEATURES", checkpoint["model"]["features"], s.features),
+        ("IMAGE_HEIGHT and IMAGE_WIDTH", (settings["height"], settings["width"]), (s.image_height, s.image_width)),
+        ("MEAN and STD", (settings["mean"], settings["std"]), (s.mean, s.std)),
+    ):
+        if tuple(before) != now:
+            raise UserError(f"{s.checkpoint} was trained with {name} {before}: set that again, or LOAD_MODEL = False")
     if checkpoint["epoch"] >= s.num_epochs:
         raise UserError(f"{s.checkpoint} has {checkpoint['epoch']} epochs already: set NUM_EPOCHS to more than that")
     return checkpoint
@@ -205,18 +213,25 @@ def train(s: SimpleNamespace) -> None:
         cache_dir=s.cache_dir,
     )
 
+    last_batch = len(train_loader.dataset) % s.batch_size or s.batch_size
+    if last_batch == 1 and max(s.image_height, s.image_width) <= 2 ** len(s.features):
+        raise UserError(f"BATCH_SIZE {s.batch_size} leaves one image for a step, too few at this size: choose another")
+
     torch.manual_seed(s.seed)
     model = UNet(3, 1, s.features)
     foreground = train_loader.dataset.infos["foreground"].mean()
     nn.init.constant_(model.head.bias, math.log(foreground / (1 - foreground)))  # the first guess is the mean mask
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=utils.memory_format(device))
     optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate, weight_decay=s.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     history: list[dict] = []  # the rows of metrics.csv
     if checkpoint:
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        for group in optimizer.param_groups:
+            group["weight_decay"] = s.weight_decay
+        if checkpoint["scaler"]:  # empty unless it was trained in fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         history = checkpoint["history"]
 
     print(f"Training on {device} in {str(precision).removeprefix('torch.')}, {s.batch_size} images a step.")

@@ -7,8 +7,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dataset import CarvanaDataset, UserError, car_of, written_whole
+from model import UNet
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -57,14 +60,16 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     may_be_none = {name.lower() for name, annotation, _ in lines if annotation}
     parser = Parser(source.name, description=constants["__doc__"].splitlines()[0], allow_abbrev=False)
     for name, default in constants.items():
-        if not name.isupper() or not isinstance(default, (bool, int, float, str, tuple, type(None))):
+        if not name.isupper() or isinstance(default, ModuleType):
             continue
+        if isinstance(default, list | Path):
+            default = tuple(default) if isinstance(default, list) else str(default)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         options = {"default": default, "help": f"{comments.get(name, '')} [{shown}]".replace("%", "%%")}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            options |= {"type": type(default[0]), "nargs": "+", "metavar": "N"}
+            options |= {"type": type((*default, 0)[0]), "nargs": "+", "metavar": "N"}
         else:
             options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
         parser.add_argument("--" + name.lower().replace("_", "-"), **options)
@@ -72,7 +77,7 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     for name, value in settings.items():
         if isinstance(value, list):
             settings[name] = tuple(value)
-        elif value == "none" and name in may_be_none:
+        elif str(value).lower() == "none" and name in may_be_none:
             settings[name] = None
     return SimpleNamespace(**settings)
 
@@ -83,10 +88,13 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if device.type in ("cpu", "cuda", "mps"):
+            torch.empty(1, device=device)
+            return device
+        problem = None
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f'DEVICE {name} cannot be used here: set it to "auto", or "cpu"') from error
-    return device
+        problem = error
+    raise UserError(f'DEVICE {name} cannot be used here: set it to "auto", or "cpu"') from problem
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -110,6 +118,21 @@ def choose_num_workers(number: int, device: torch.device) -> int:
         return number
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return 0 if device.type == "cpu" else min(8, cores)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """channels_last, in which CPU and CUDA convolve fastest; on MPS BatchNorm's backward pass is wrong with it.
+
+    https://github.com/pytorch/pytorch/issues/175189
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def to_device(images: Tensor, masks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A loader's batch on the device: images (N, 3, H, W), and masks (N, 1, H, W) to compare with logits."""
+    is_cuda = device.type == "cuda"  # only from pinned memory is it safe to go on before the copy is done
+    images = images.to(device, non_blocking=is_cuda, memory_format=memory_format(device))
+    return images, masks.to(device, non_blocking=is_cuda).unsqueeze(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,25 +225,45 @@ def _ignore_ctrl_c(_: int) -> None:
 # Checkpoints
 
 
-def save_checkpoint(state: dict, path: Path) -> None:
-    """Writes a checkpoint, which appears when it is complete. Raises UserError where it cannot be written."""
+@contextmanager
+def saving(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` in the end; raises UserError where that cannot be written."""
     try:
         with written_whole(path) as temporary:
-            torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} could not be written ({error}): free some disk space, then continue") from error
+            yield temporary
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} could not be written ({reason}): make room, close what holds it, continue") from error
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Writes a checkpoint, which appears when it is complete. Raises UserError where it cannot be written."""
+    with saving(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint of train.py onto the CPU. Raises UserError if there is none, or it is something else."""
+    """Reads a checkpoint of train.py onto the CPU: {"state_dict", "model", "preprocessing", "epoch", "history", ...}.
+
+    UNet(**checkpoint["model"]) takes its state_dict. Raises UserError if there is no file, or something else in it.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: train first, or set LOAD_MODEL = False") from error
     except Exception as error:  # torch.load raises many kinds on files of other kinds
         raise UserError(f"{path} is not a checkpoint that can be read: remove it, or set LOAD_MODEL = False") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "model", "preprocessing"} <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of this train.py: choose another, or set LOAD_MODEL = False")
+    try:
+        with torch.device("meta"):
+            wanted = UNet(**checkpoint["model"]).state_dict()
+        itemgetter("height", "width", "mean", "std")(checkpoint["preprocessing"])
+        fits = {name: weight.shape for name, weight in checkpoint["state_dict"].items()} == {
+            name: weight.shape for name, weight in wanted.items()
+        }
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path} is not from this train.py: choose another, or set LOAD_MODEL = False")
     return checkpoint
 
 
@@ -262,8 +305,7 @@ def check_accuracy(
     losses, counts = [], []  # stay on the device until the end, so that nothing waits for it in between
     with tqdm(total=len(loader.dataset), desc="validating", unit="img", leave=False, disable=None) as bar:
         for number, (images, masks) in enumerate(loader):
-            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-            masks = masks.to(device, non_blocking=True).unsqueeze(1)  # (N, 1, H, W)
+            images, masks = to_device(images, masks, device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 logits = model(images)
             logits = logits.float()
@@ -276,6 +318,8 @@ def check_accuracy(
                 bar.set_postfix(loss=f"{losses[-1].mean().item():.4f}", refresh=False)
             bar.update(len(images))
     model.train(was_training)
+    if folder is not None:
+        remove_older_pictures(len(losses), folder)
 
     tp, fp, fn, tn = torch.cat(counts, dim=1).cpu().double()
     return {
@@ -293,8 +337,16 @@ def check_accuracy(
 def save_predictions_as_imgs(predictions: Tensor, masks: Tensor, number: int, folder: Path) -> None:
     """Saves a batch's predictions as pred_<number>.png and the truth as <number>.png, (N, 1, H, W) in 4 columns."""
     for name, batch in ((f"pred_{number}.png", predictions), (f"{number}.png", masks)):
-        with written_whole(folder / name) as temporary:
+        with saving(folder / name) as temporary:
             save_image(batch.float(), temporary, format="png", nrow=4, pad_value=0.5)
+
+
+def remove_older_pictures(number: int, folder: Path) -> None:
+    """Removes pred_<n>.png and <n>.png from n = number on, which an earlier run with more batches has left."""
+    while (prediction := folder / f"pred_{number}.png").exists() and (truth := folder / f"{number}.png").exists():
+        prediction.unlink()
+        truth.unlink()
+        number += 1
 
 
 def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, path: Path) -> None:
@@ -303,13 +355,13 @@ def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, pat
     masks = masks[:, None]
     outline = F.max_pool2d(masks, 3, stride=1, padding=1) > masks  # the background next to foreground
     picture = torch.where(outline, torch.tensor((1.0, 0.9, 0.0)).view(3, 1, 1), images * std + mean)
-    with written_whole(path) as temporary:
+    with saving(path) as temporary:
         save_image(picture.clamp(0, 1), temporary, format="png", nrow=4, pad_value=0.5)
 
 
 def save_metrics(history: list[dict], path: Path) -> None:
     """Writes metrics.csv: a row for each epoch."""
-    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
+    with saving(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
         writer.writerows(history)

@@ -16,6 +16,7 @@ if __name__ == "__main__":
         return read_sample(*args)
 
     dataset.read_sample = slowly
+    dataset.NUM_THREADS = 2
     data = dataset.CarvanaDataset(Path(images), Path(masks), (32, 48))
     print("building", flush=True)
     data.prepare(Path(cache))

@@ -86,6 +86,15 @@ MISTAKES = {
     "an unknown device": (lambda: None, ["--device", "toaster"], "DEVICE"),
     "a device that is not there": (lambda: None, ["--device", "cuda:77"], "DEVICE"),
     "nothing to continue from": (lambda: None, ["--load-model"], "my_checkpoint.pth.tar"),
+    "a checkpoint of another size": (
+        save_finished_run, ["--load-model", "--num-epochs", "2", "--image-height", "48"], "IMAGE_HEIGHT"),
+    "a checkpoint of other colours": (
+        save_finished_run, ["--load-model", "--num-epochs", "2", "--mean", "0", "0", "0"], "MEAN"),
+    "a checkpoint that is a folder": (lambda: Path("models").mkdir(), ["--checkpoint", "models"], "CHECKPOINT"),
+    "a device of another kind": (lambda: None, ["--device", "meta"], "DEVICE"),
+    "one image for a step": (
+        lambda: None, ["--image-height", "16", "--image-width", "16", "--features", "4", "4", "4", "4",
+                       "--batch-size", "63"], "BATCH_SIZE"),
     "a checkpoint of another network": (save_other_network, ["--load-model", "--num-epochs", "2"], "FEATURES"),
     "a checkpoint that is text": (
         lambda: Path("my_checkpoint.pth.tar").write_text("hello"), ["--load-model"], "my_checkpoint.pth.tar"),

@@ -61,6 +61,9 @@ MASK_KINDS = {
     "white-on-transparent.png": white_on_transparent,
     "grey-alpha.png": lambda m: Image.fromarray(np.dstack((np.full_like(m, 255), m * 255)), "LA"),
     "voc-palette.png": lambda m: palette_image(m, {0: (0, 0, 0), 1: (128, 0, 0)}),
+    "labels-and-void.png": lambda m: Image.fromarray(
+        np.where(m & (np.indices(m.shape)[1] > 25), 255, m).astype(np.uint8)
+    ),
     "voc-dark-class.png": lambda m: palette_image(m, {0: (0, 0, 0), 8: (64, 0, 0)}),
     "anti-aliased.png": lambda m: Image.fromarray(cv2.GaussianBlur(m * 255, (3, 3), 0)),
 }
@@ -97,15 +100,25 @@ def test_empty_and_full_masks_stay_so(value, tmp_path):
         assert (read_mask(tmp_path / name) == value).all()
 
 
-def test_reducing_a_mask_keeps_its_area(tmp_path):
-    areas = []
-    for shift in range(16):
-        full = np.zeros((320, 480), np.uint8)
-        full[:, : 200 + shift] = 255
+def test_noise_in_an_empty_jpeg_mask_is_no_foreground(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 6, (40, 60), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "mask.jpg")
+    assert not read_mask(tmp_path / "mask.jpg").any()
+
+
+@pytest.mark.parametrize("size", [(160, 240), (80, 120)])
+def test_reducing_a_mask_keeps_its_area(size, tmp_path):
+    """From 1918 x 1280, whose width is no multiple: few pixels are wrong, and as many too much as too little."""
+    errors = []
+    for angle in range(0, 180, 20):
+        full = np.zeros((1280, 1918), np.uint8)
+        cv2.ellipse(full, (950 + angle, 600), (600, 250), angle, 0, 360, 255, -1)
         Image.fromarray(full).save(tmp_path / "mask.png")
-        areas.append((read_mask(tmp_path / "mask.png", (40, 60)).mean(), (full > 0).mean()))
-    reduced, true = np.mean(areas, axis=0)
-    assert abs(reduced - true) < 0.002
+        covered = cv2.resize(full, size[::-1], interpolation=cv2.INTER_AREA) / 255  # share of each new pixel's area
+        found = read_mask(tmp_path / "mask.png", size)
+        assert (found[covered < 0.4] == 0).mean() > 0.998 and (found[covered > 0.6] == 1).mean() > 0.998
+        errors.append(found.mean() / covered.mean() - 1)
+    assert np.abs(errors).max() < 0.005 and abs(np.mean(errors)) < 0.001
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -165,6 +178,24 @@ def test_a_reduced_jpeg_looks_like_a_resized_one(shape, tmp_path):
     found = read_image(tmp_path / "photo.jpg", (50, 60))
     wanted = cv2.resize(photo, (60, 50), interpolation=cv2.INTER_AREA)
     assert np.abs(found.astype(int) - wanted).mean() < 2
+
+
+def test_a_turned_photo_pairs_with_a_turned_or_an_upright_mask(tmp_path):
+    """A phone's photo lies on its side in the file; its mask may be stored upright, or turned with the same tag."""
+    photo, mask = photo_and_mask()
+    turned = Image.Transpose.ROTATE_90
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photo).transpose(turned).save(tmp_path / "photo.jpg", exif=exif)
+    Image.fromarray(mask * 255).save(tmp_path / "upright.png")
+    Image.fromarray(mask * 255).transpose(turned).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(mask * 255).transpose(turned).save(tmp_path / "wrong.png")
+    for name in ("upright.png", "turned.png"):
+        _, found, size = read_sample(tmp_path / "photo.jpg", tmp_path / name, (40, 60))
+        assert size == (40, 60)
+        np.testing.assert_array_equal(found, mask)
+    with pytest.raises(UserError, match=r"wrong\.png is 40 x 60 pixels"):
+        read_sample(tmp_path / "photo.jpg", tmp_path / "wrong.png", (40, 60))
 
 
 def save_pair(folder: Path, image_name: str, mask_name: str) -> None:
@@ -252,6 +283,29 @@ def test_only_what_changed_is_decoded_again(project, monkeypatch):
     for index in range(len(plain)):
         for one, other in zip(plain.sample(index), cached.sample(index), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("ending", [".samples", ".json"])
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_damaged_cache_is_built_again(ending, share, changed, project):
+    data, cache = project / "data", project / "cache"
+    make_dataset(data).prepare(cache)
+    damaged = next(path for path in cache.iterdir() if path.suffix == ending)
+    damaged.write_bytes(damaged.read_bytes()[: int(share * damaged.stat().st_size)])
+    if changed:
+        os.utime(sorted((data / "train_images").iterdir())[5], (1, 1))
+    cached, plain = make_dataset(data), make_dataset(data)
+    cached.prepare(cache)
+    for index in range(len(plain)):
+        np.testing.assert_array_equal(plain.sample(index)[0], cached.sample(index)[0])
+
+
+def test_the_cache_may_be_deleted_while_it_is_used(drawn, tmp_path):
+    dataset = make_dataset(drawn)
+    dataset.prepare(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    np.testing.assert_array_equal(dataset.sample(3)[0], make_dataset(drawn).sample(3)[0])
 
 
 def test_another_size_has_a_cache_of_its_own(drawn, tmp_path):

@@ -37,3 +37,4 @@ def test_every_weight_learns():
 
 def test_channels_are_free():
     assert UNet(in_channels=1, out_channels=5, features=(4,))(torch.randn(1, 1, 16, 16)).shape == (1, 5, 16, 16)
+    assert UNet(features=(4, 7, 7, 5))(torch.randn(2, 3, 16, 16)).shape == (2, 1, 16, 16)

@@ -9,7 +9,7 @@ from dataset import UserError, find_pairs
 
 
 def zip_folder(folder: Path, target: Path, prefix: str = "") -> Path:
-    with zipfile.ZipFile(target, "w") as archive:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.iterdir()):
             archive.write(path, prefix + path.name)
     return target
@@ -66,6 +66,17 @@ def test_nested_folders(download, drawn):
     assert check() == wanted  # the same seed chooses the same cars
 
 
+def test_drawn_cars_and_caches_are_not_gathered(download, drawn):
+    shutil.copytree(drawn, "data/sample")
+    shutil.copytree(drawn / "train_images", "data/unpacked/train")
+    shutil.copytree(drawn / "train_masks", "data/unpacked/train_masks")
+    sample = files("data/sample")
+    split("data", "--move")
+    assert files("data/sample") == sample
+    shutil.rmtree("data/sample")
+    check()
+
+
 def test_seed_and_share_choose_the_cars(download):
     chosen = set()
     for seed in range(6):
@@ -120,6 +131,13 @@ def add_member(name: str) -> None:
         archive.writestr(name, b"x")
 
 
+def add_pair(content: bytes) -> None:
+    with zipfile.ZipFile("download/train.zip", "a") as archive:
+        archive.writestr("broken_01.jpg", content)
+        archive.writestr("broken_01_mask.gif", content)
+        archive.writestr("./", b"")  # some packers add it
+
+
 def corrupt() -> None:
     path = Path("download/train.zip")
     content = bytearray(path.read_bytes())
@@ -140,8 +158,11 @@ MISTAKES = {
     "a member climbs out": (lambda: add_member("../../evil.jpg"), ["download"], "evil.jpg"),
     "a member is absolute": (lambda: add_member("/etc/evil.jpg"), ["download"], "evil.jpg"),
     "a member names a drive": (lambda: add_member("C:\\evil.jpg"), ["download"], "evil.jpg"),
-    "masks are missing": (lambda: Path("download/train_masks.zip").unlink(), ["download"], "images"),
-    "a mask is missing": (lambda: add_member("train/lonely_01.jpg"), ["download"], "lonely_01.jpg"),
+    "masks are missing": (lambda: Path("download/train_masks.zip").unlink(), ["download"], "no masks"),
+    "photos are missing": (lambda: Path("download/train.zip").unlink(), ["download"], "no photos"),
+    "a mask is missing": (lambda: add_member("train/lonely_01.jpg"), ["download"], "train.zip/train/lonely_01.jpg"),
+    "a photo is broken": (lambda: add_pair(b"x"), ["download"], "train.zip/broken_01.jpg"),
+    "a negative seed": (lambda: None, ["download", "--seed", "-1"], "--seed"),
     "a photo is there twice": (
         lambda: shutil.copy("download/train.zip", "download/train_hq.zip"), ["download"], "twice"),
     "no val share": (lambda: None, ["download", "--val-share", "0"], "--val-share"),

@@ -73,6 +73,15 @@ def test_saved_pictures_show_each_validation_batch(project, run_train):
     assert set(np.unique(np.asarray(Image.open("saved_images/pred_0.png"))[2:34, 2:50])) <= {0, 255}
 
 
+def test_pictures_of_an_earlier_run_with_more_batches_are_removed(project, run_train):
+    run_train("--num-epochs", "1", "--batch-size", "4")
+    Path("saved_images/77.png").touch()  # no prediction beside it: not ours
+    run_train("--num-epochs", "1", "--batch-size", "16")
+    assert {path.name for path in Path("saved_images").glob("*[0-9].png")} == {
+        "0.png", "1.png", "pred_0.png", "pred_1.png", "77.png"
+    }  # fmt: skip
+
+
 def test_a_seed_gives_the_same_weights_for_any_number_of_workers(project, run_train):
     run_train("--num-epochs", "1")
     first = weights()
@@ -129,6 +138,29 @@ def test_a_continued_run_gives_the_weights_of_an_undisturbed_one(project, run_tr
     assert [{k: v for k, v in row.items() if k not in timed} for row in rows()] == [
         {k: v for k, v in row.items() if k not in timed} for row in metrics
     ]
+
+
+def test_continuing_may_change_precision_and_weight_decay(project, run_train):
+    run_train("--num-epochs", "1", "--precision", "fp32")
+    run_train("--num-epochs", "2", "--load-model", "--precision", "bf16", "--weight-decay", "0.5")
+    checkpoint = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))
+    assert checkpoint["epoch"] == 2
+    assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.5]
+
+
+def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth.tar"
+    utils.save_checkpoint({"epoch": 1}, path)
+
+    def half(state, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(utils.UserError, match="No space left"):
+        utils.save_checkpoint({"epoch": 2}, path)
+    assert torch.load(path) == {"epoch": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pth.tar"]
 
 
 def test_ctrl_c_ends_cleanly_and_names_the_good_checkpoint(project):
@@ -201,6 +233,26 @@ def test_flags_change_settings():
     assert settings.image_height == 99 and settings.learning_rate == 1e-5 and settings.load_model is True
     assert settings.features == (4, 8, 16) and settings.cache_dir is None and settings.device == "cpu"
     assert utils.parse_settings(vars(train), ["--no-load-model"]).load_model is False
+    assert utils.parse_settings(vars(train), ["--cache-dir", "None"]).cache_dir is None
+
+
+def test_constants_may_be_edited_to_lists_and_paths(monkeypatch):
+    monkeypatch.setattr(train, "FEATURES", [8, 16])
+    monkeypatch.setattr(train, "TRAIN_IMG_DIR", Path("photos"))
+    settings = utils.parse_settings(vars(train), [])
+    assert settings.features == (8, 16) and settings.train_img_dir == "photos"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("IMAGE_HEIGHT", "32"), ("BATCH_SIZE", 4.0), ("NUM_EPOCHS", True), ("FEATURES", 16), ("FEATURES", ()),
+     ("FEATURES", (8, 0)), ("LEARNING_RATE", "1e-3"), ("DEVICE", torch.device("cpu")), ("MEAN", (0.5,)),
+     ("STD", (0, 0, 0)), ("CHECKPOINT", ""), ("SEED", 0.5)],
+)  # fmt: skip
+def test_constants_edited_to_something_else_are_named(name, value, project, monkeypatch):
+    monkeypatch.setattr(train, name, value)
+    with pytest.raises(utils.UserError, match=name):
+        train.main([])
 
 
 def test_help_shows_every_constant_with_its_comment_and_default(capsys):
