@@ -189,6 +189,23 @@ def load_model(s: SimpleNamespace) -> dict:
     return checkpoint
 
 
+def restore(
+    checkpoint: dict,
+    model: UNet,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    s: SimpleNamespace,
+) -> list[dict]:
+    """Puts model, optimizer and scaler into the checkpoint's state; returns its history."""
+    model.load_state_dict(checkpoint["state_dict"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group in optimizer.param_groups:
+        group["weight_decay"] = s.weight_decay  # today's, like the learning rate
+    if checkpoint["scaler"]:  # empty unless it was trained in fp16
+        scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["history"]
+
+
 def train(s: SimpleNamespace) -> None:
     """A whole run with the settings s, the constants by their lower-case names."""
     check_settings(s)
@@ -197,16 +214,11 @@ def train(s: SimpleNamespace) -> None:
     checkpoint = load_model(s) if s.load_model else None
     use_sample_if_empty(s)
 
-    train_transform, val_transform = make_transforms(s)
     train_loader, val_loader = utils.get_loaders(
-        Path(s.train_img_dir),
-        Path(s.train_mask_dir),
-        Path(s.val_img_dir),
-        Path(s.val_mask_dir),
+        *map(Path, (s.train_img_dir, s.train_mask_dir, s.val_img_dir, s.val_mask_dir)),
         (s.image_height, s.image_width),
         s.batch_size,
-        train_transform,
-        val_transform,
+        *make_transforms(s),
         utils.choose_num_workers(s.num_workers, device),
         pin_memory=device.type == "cuda",
         seed=s.seed,
@@ -226,13 +238,7 @@ def train(s: SimpleNamespace) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     history: list[dict] = []  # the rows of metrics.csv
     if checkpoint:
-        model.load_state_dict(checkpoint["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group in optimizer.param_groups:
-            group["weight_decay"] = s.weight_decay
-        if checkpoint["scaler"]:  # empty unless it was trained in fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        history = checkpoint["history"]
+        history = restore(checkpoint, model, optimizer, scaler, s)
 
     print(f"Training on {device} in {str(precision).removeprefix('torch.')}, {s.batch_size} images a step.")
     print("epoch  train_loss  val_loss  pixel_accuracy    dice     iou  seconds")
@@ -261,7 +267,7 @@ def train(s: SimpleNamespace) -> None:
                 + "  best" * is_best
             )
     except KeyboardInterrupt:
-        resume = f"{s.checkpoint} is good, with {saved} epochs: continue with python train.py --load-model"
+        resume = f"{s.checkpoint} is good, with {saved} epochs: continue with python train.py --load-model and the same flags"
         print(f"Stopped. {resume if saved else 'No epoch had ended, and nothing was saved.'}")
         raise
     print(
