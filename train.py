@@ -267,7 +267,7 @@ def train(s: SimpleNamespace) -> None:
                 + "  best" * is_best
             )
     except KeyboardInterrupt:
-        resume = f"{s.checkpoint} is good, with {saved} epochs: continue with python train.py --load-model and the same flags"
+        resume = f"{s.checkpoint} is good, with {saved} epochs: continue with the same flags and --load-model"
         print(f"Stopped. {resume if saved else 'No epoch had ended, and nothing was saved.'}")
         raise
     print(
