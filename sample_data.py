@@ -141,6 +141,7 @@ class Car:
         x = (line[:, 0] - 0.5) * self.length
         base, foot = self.deck_height(x), 0.94 * self.half_width(x)
         z = np.maximum(line[:, 1] * self.height, base + 0.005)
+        z[[0, -1]] = base[[0, -1]] - 0.07  # it reaches into the body, so that no slit is left between them
         rise = (z - base) / (self.height - base)  # 0 at the deck, 1 at the roof
         y = foot * (1 - 0.2 * rise)  # narrower towards the roof
 
@@ -151,7 +152,7 @@ class Car:
                 Polygon(((x[i], y[i], z[i]), (x[i], -y[i], z[i]), (x[j], -y[j], z[j]), (x[j], y[j], z[j])), self.paint)
             )
             for s in (-1, 1):
-                lower = (x[j], s * foot[j], base[j]), (x[i], s * foot[i], base[i])
+                lower = (x[j], s * foot[j], base[j] - 0.07), (x[i], s * foot[i], base[i] - 0.07)
                 cabin.append(Polygon(((x[i], s * y[i], z[i]), (x[j], s * y[j], z[j]), *lower), self.paint))
 
         def pane(x: np.ndarray, y: np.ndarray, top: np.ndarray, y_low: np.ndarray, bottom: np.ndarray) -> Polygon:
@@ -224,7 +225,7 @@ class Car:
             if self.axles[0] + 1.2 * self.radius < x < self.axles[1] - 0.9 * self.radius:
                 strip(x, x + 0.018, self.sill + 0.1, belt - 0.03, dark)
                 strip(x + 0.06, x + 0.22, belt - 0.17, belt - 0.14, dark)
-        strip(*self.axles, self.sill, self.sill + 0.05, PLASTIC)
+        strip(*self.axles, self.sill, self.sill + 0.13, PLASTIC)
         for axle in self.axles:
             arch = self.circle(axle, 0.99 * y, 1.16)
             arch[:, 2] = np.maximum(arch[:, 2], self.sill)  # it ends where the body ends
@@ -253,7 +254,7 @@ class Car:
     def make_mirror(self, side: int) -> np.ndarray:
         """The eight corners of a wing mirror."""
         x = (0.16 if self.height < 1.9 else 0.3) * self.length
-        corners = np.stack(np.meshgrid((-0.06, 0.05), (-0.11, 0.11), (0.06, 0.2), indexing="ij"), -1).reshape(-1, 3)
+        corners = np.stack(np.meshgrid((-0.06, 0.05), (-0.11, 0.11), (-0.05, 0.16), indexing="ij"), -1).reshape(-1, 3)
         return corners + np.array((x, side * (self.width / 2 + 0.06), self.deck_height(x)))
 
 

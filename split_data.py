@@ -32,6 +32,8 @@ Source = tuple[str, str, Callable[[Path], object]]  # file name, where it comes 
 def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> Iterator[Source]:
     """Every image in these zips and folders, and in the folders' train*.zip."""
     for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: correct the path")
         if path.suffix.lower() == ".zip":
             yield from zip_sources(path)
         elif path.is_dir():

@@ -205,14 +205,12 @@ def report(train: CarvanaDataset, val: CarvanaDataset) -> str:
     cars = [{car_of(image) for image, _ in data.pairs} - {None} for data in (train, val)]
     if both := cars[0] & cars[1]:
         lines.append(
-            f"WARNING: {len(both)} cars are in both sets, such as {min(both)}: scores will flatter (split_data.py)"
+            f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter (split_data.py)"
         )
     known = dict(zip(train.infos["checksum"].tolist(), train.pairs, strict=True))
     copies = [image for (image, _), info in zip(val.pairs, val.infos, strict=True) if int(info["checksum"]) in known]
     if copies:
-        lines.append(
-            f"WARNING: {len(copies)} validation photos are in both sets, such as {copies[0]}: scores will flatter"
-        )
+        lines.append(f"WARNING: photos in both sets: {len(copies)}, such as {copies[0]}: scores will flatter")
     return "\n".join(lines)
 
 
