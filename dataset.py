@@ -91,9 +91,7 @@ def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
         if path.suffix.lower() in SUFFIXES:
             found.setdefault(unicodedata.normalize("NFC", path.stem), []).append(path)  # macOS writes names as NFD
     if not found:
-        raise UserError(
-            f"{folder} is empty: put your photos or masks ({', '.join(SUFFIXES)}) into it, or correct the setting"
-        )
+        raise UserError(f"{folder} has no photos or masks ({', '.join(SUFFIXES)}): add them, or correct the setting")
     for paths in found.values():
         paths.sort(key=lambda path: SUFFIXES.index(path.suffix.lower()))
     return found
