@@ -267,7 +267,7 @@ class CarvanaDataset(Dataset):
         every mask is full.
         """
         keys = [(image.name, mask.name, *_stamp(image), *_stamp(mask)) for image, mask in self.pairs]
-        self.infos = None
+        self.infos = self.cache_file = None
         if cache_dir is not None:
             try:
                 self.infos = self._cached(Path(cache_dir), keys)

@@ -152,12 +152,11 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
         for image, mask in pairs:
             name = "val" if group_of(image) in val_cars else "train"
             places |= {f"images/{image.name}": f"{name}_images", f"masks/{mask.name}": f"{name}_masks"}
-        originals = [
-            str(Path(origin).resolve()) for origin in origins.values() if how == "move" and Path(origin).is_file()
-        ]
+        placed = {Path(file).name for file in places}  # not a second mask of a photo, which find_pairs passes over
+        originals = [Path(origin).absolute() for name, origin in origins.items() if how == "move" and name in placed]
         with written_whole(plan) as temporary:
-            temporary.write_text(json.dumps({"places": places, "delete": originals}))
-
+            delete = [str(original) for original in originals if original.is_file()]  # what came out of a zip is none
+            temporary.write_text(json.dumps({"places": places, "delete": delete}))
     else:
         print(f"Finishing the split that was stopped in {data_dir}; for another one empty its folders and run again.")
 

@@ -207,7 +207,7 @@ def report(train: CarvanaDataset, val: CarvanaDataset) -> str:
         lines.append(
             f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter (split_data.py)"
         )
-    known = dict(zip(train.infos["checksum"].tolist(), train.pairs, strict=True))
+    known = set(train.infos["checksum"].tolist())
     copies = [image for (image, _), info in zip(val.pairs, val.infos, strict=True) if int(info["checksum"]) in known]
     if copies:
         lines.append(f"WARNING: photos in both sets: {len(copies)}, such as {copies[0]}: scores will flatter")

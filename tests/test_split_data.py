@@ -99,6 +99,17 @@ def test_move_and_link(how, download, drawn):
         assert all(path.stat().st_nlink == 2 for path in left)
 
 
+def test_move_deletes_no_mask_that_was_passed_over(download, drawn):
+    """A photo with two masks takes the .gif; the other one stays where it is."""
+    shutil.copytree(drawn / "train_images", "mine")
+    shutil.copytree(drawn / "train_masks", "mine", dirs_exist_ok=True)
+    second = Path("mine", next(Path("mine").glob("*.jpg")).stem + "_mask.png")
+    second.write_bytes(b"second")
+    split("mine", "--move")
+    check()
+    assert [path.name for path in Path("mine").iterdir()] == [second.name]
+
+
 def test_a_run_that_was_stopped_is_run_again(download, drawn, monkeypatch):
     shutil.copytree(drawn / "train_images", "mine")
     shutil.copytree(drawn / "train_masks", "mine", dirs_exist_ok=True)
