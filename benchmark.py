@@ -1,26 +1,42 @@
 """Measures every speed that the README claims, side by side in one run.
 
-python benchmark.py loader                     # photos/s from files to batches, against the classic pipeline
-python benchmark.py loader --json speed.json   # the same figures in a file
+python benchmark.py loader    # photos/s from files to batches, against the classic pipeline
+python benchmark.py train     # images/s of the training step and its memory, against the classic step
+python benchmark.py recipe    # Dice after NUM_EPOCHS, and seconds until the classic recipe's Dice, against that recipe
+
+--json FILE writes the figures to a file, too. train and recipe take train.py's flags: --batch-size 16 --device cuda
 """
 
+import csv
+import importlib.util
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 import albumentations as A
 import numpy as np
+import torch
+import torch.nn.functional as F
+from albumentations.pytorch import ToTensorV2
 from PIL import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
 import train
 import utils
 from dataset import CarvanaDataset, find_pairs, written_whole
+from model import UNet
 from sample_data import draw_dataset
 
 ROUNDS = 5  # each contender runs once a round, in turn, so that a noisy machine is noisy for all
@@ -32,16 +48,19 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def benchmark_loader() -> dict[str, float]:
+# ---------------------------------------------------------------------------------------------------------------------
+# loader: from files to samples
+
+
+def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
     """Photos per second of one worker, from 1918 x 1280 JPEGs and GIFs to augmented tensors of the default size.
 
     classic: in every epoch Pillow decodes both in full, and albumentations resizes. cold: the first epoch, which builds
     the cache, with one thread. warm: every later one.
     """
     dataset.NUM_THREADS = 1
-    settings = utils.parse_settings(vars(train), [])
-    size = settings.image_height, settings.image_width
-    augment, _ = train.make_transforms(settings)
+    size = s.image_height, s.image_width
+    augment, _ = train.make_transforms(s)
     classic_transform = A.Compose([A.Resize(*size), *augment.transforms])
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
@@ -78,19 +97,207 @@ def benchmark_loader() -> dict[str, float]:
     }
 
 
-BENCHMARKS = {"loader": benchmark_loader}
+# ---------------------------------------------------------------------------------------------------------------------
+# train: the step
+
+
+def classic_network(s: SimpleNamespace) -> UNet:
+    """The same network with PyTorch's own initialisation, as a plain U-Net repository has it."""
+    torch.manual_seed(s.seed)
+    model = UNet(3, 1, s.features)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.reset_parameters()
+    return model
+
+
+def classic_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, masks: Tensor) -> None:
+    """fp32, contiguous tensors, plain Adam."""
+    loss = F.binary_cross_entropy_with_logits(model(images), masks)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def smp_network() -> nn.Module:
+    import segmentation_models_pytorch
+
+    return segmentation_models_pytorch.Unet("resnet34", encoder_weights=None)
+
+
+def monai_network() -> nn.Module:
+    from monai.networks.nets import BasicUNet
+
+    return BasicUNet(spatial_dims=2, in_channels=3, out_channels=1)
+
+
+PEERS = {"segmentation_models_pytorch": smp_network, "monai": monai_network}  # measured where they are installed
+
+
+def measure_step(name: str, s: SimpleNamespace, pipe: Connection) -> None:
+    """In a process of its own: sends seconds a step, GFLOP a step, peak memory in MB and the product's GFLOP/s."""
+    device = utils.choose_device(s.device)
+    precision = utils.choose_precision(s.precision, device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else int
+    images = torch.randn(s.batch_size, 3, s.image_height, s.image_width, device=device)
+    masks = (torch.rand(s.batch_size, 1, s.image_height, s.image_width, device=device) < 0.2).float()
+    if name == "classic":
+        model = classic_network(s).to(device)
+        step = partial(classic_step, model, torch.optim.Adam(model.parameters(), 1e-4), images, masks)
+    else:
+        utils.tune(device)
+        state = train.new_state(s, device, precision, foreground=0.2)
+        if name in PEERS:
+            state.model = state.forward = PEERS[name]().to(device, memory_format=utils.memory_format(device))
+            state.optimizer = torch.optim.AdamW(state.model.parameters(), fused=True)
+        model = state.model
+        images = images.contiguous(memory_format=utils.memory_format(device))
+        step = partial(train.train_step, state, images, masks, s.learning_rate, precision, s)
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            step()
+        wait()
+
+    with FlopCounterMode(display=False) as counter:
+        steps(1)
+    steps(2)  # to warm up
+    number = 3 if device.type == "cpu" else 30
+    step_seconds = seconds(lambda: steps(number)) / number
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 1e6
+    else:
+        import resource
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+    size = 2048 if device.type == "cpu" else 8192
+    some, other = (torch.randn(size, size, device=device, dtype=precision) for _ in range(2))
+
+    def products() -> None:
+        for _ in range(10):
+            some @ other
+        wait()
+
+    products()
+    peak = 10 * 2 * size**3 / 1e9 / min(seconds(products) for _ in range(5))
+    pipe.send((step_seconds, counter.get_total_flops() / 1e9, memory, peak))
+
+
+def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
+    """The training step on BATCH_SIZE images that are there already: images/s, GFLOP/s, and the process's peak memory.
+
+    classic: fp32, contiguous, Adam. ours: train.train_step. The share is of what the product of two matrices of 2048 x
+    2048 (8192 on a GPU) reaches in the same process and precision; GFLOP are convolutions and products, counted by
+    torch's FlopCounterMode.
+    """
+    contenders = ["classic", "ours", *(name for name in PEERS if importlib.util.find_spec(name))]
+    found = {name: [] for name in contenders}
+    for _ in range(3):
+        for name in contenders:
+            receiver, sender = get_context("spawn").Pipe()
+            process = get_context("spawn").Process(target=measure_step, args=(name, s, sender))
+            process.start()
+            sender.close()
+            found[name].append(receiver.recv())
+            process.join()
+    figures = {}
+    for name, rows in found.items():
+        step_seconds, gflop, memory, peak = np.median(rows, axis=0).tolist()
+        figures[f"{name}_images_per_second"] = s.batch_size / step_seconds
+        figures[f"{name}_gflop_per_image"] = gflop / s.batch_size
+        figures[f"{name}_gflop_per_second"] = gflop / step_seconds
+        figures[f"{name}_memory_mb"] = memory
+        if name == "ours":
+            figures["matmul_gflop_per_second"] = peak
+    figures["step_ratio"] = figures["ours_images_per_second"] / figures["classic_images_per_second"]
+    figures["matmul_share"] = figures["ours_gflop_per_second"] / figures["matmul_gflop_per_second"]
+    figures["memory_ratio"] = figures["ours_memory_mb"] / figures["classic_memory_mb"]
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recipe: what is learned
+
+
+def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
+    """(seconds so far, validation Dice) after each epoch of Adam at 1e-4 with batches of 16, rotated by 35 degrees."""
+    device = utils.choose_device(s.device)
+    steps = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1), A.Normalize((0, 0, 0), (1, 1, 1)), ToTensorV2()]
+    train_loader, val_loader = utils.get_loaders(
+        *map(Path, (s.train_img_dir, s.train_mask_dir, s.val_img_dir, s.val_mask_dir)),
+        (s.image_height, s.image_width),
+        16,
+        A.Compose([A.Rotate(35, p=1.0), *steps]),
+        A.Compose(steps[2:]),
+        utils.choose_num_workers(s.num_workers, device),
+        seed=s.seed,
+        cache_dir=s.cache_dir,
+    )
+    model = classic_network(s).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    start, found = time.perf_counter(), []
+    for epoch in range(s.num_epochs):
+        train_loader.sampler.epoch = epoch
+        for images, masks in train_loader:
+            classic_step(model, optimizer, images.to(device), masks.to(device).unsqueeze(1))
+        dice = utils.check_accuracy(val_loader, model, device, torch.float32)["dice"]
+        found.append((time.perf_counter() - start, dice))
+    return found
+
+
+def our_run(s: SimpleNamespace) -> list[tuple[float, float]]:
+    """The same of train.py with its settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        train.train(SimpleNamespace(**vars(s) | {"checkpoint": f"{folder}/c.pth.tar", "saved_images_dir": folder}))
+        with Path(folder, "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+    elapsed = np.cumsum([float(row["seconds"]) for row in rows])
+    return [(float(now), float(row["dice"])) for now, row in zip(elapsed, rows, strict=True)]
+
+
+def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
+    """Both recipes on the same data with the same network, each with three seeds: mean Dice after NUM_EPOCHS epochs.
+
+    error_ratio compares 1 - Dice. time_ratio compares the seconds until the classic recipe's last mean Dice. Both read
+    the cache: decoding is in neither.
+    """
+    train.use_sample_if_empty(s)
+    classic, ours = [], []
+    for seed in range(3):
+        s.seed = seed
+        classic.append(classic_run(s))
+        ours.append(our_run(s))
+    classic_dice, our_dice = (statistics.mean(run[-1][1] for run in runs) for runs in (classic, ours))
+    classic_seconds = statistics.mean(run[-1][0] for run in classic)
+    reached = [next((now for now, dice in run if dice >= classic_dice), float("inf")) for run in ours]
+    return {
+        **{f"classic_dice_seed_{seed}": run[-1][1] for seed, run in enumerate(classic)},
+        **{f"our_dice_seed_{seed}": run[-1][1] for seed, run in enumerate(ours)},
+        "classic_dice": classic_dice,
+        "our_dice": our_dice,
+        "classic_seconds": classic_seconds,
+        "our_seconds_to_classic_dice": statistics.mean(reached),
+        "error_ratio": (1 - our_dice) / (1 - classic_dice),
+        "time_ratio": statistics.mean(reached) / classic_seconds,
+    }
+
+
+BENCHMARKS = {"loader": benchmark_loader, "train": benchmark_train, "recipe": benchmark_recipe}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--json", type=Path, help="writes the figures to this file, too")
-    args = parser.parse_args(argv)
+    args, flags = parser.parse_known_args(argv)
     if args.json and not args.json.absolute().parent.is_dir():
         raise utils.UserError(f"--json {args.json}: its folder does not exist, create it first")
-    figures = BENCHMARKS[args.what]()
+    settings = utils.parse_settings(vars(train), flags)
+    train.check_settings(settings)
+    figures = BENCHMARKS[args.what](settings)
     for name, value in figures.items():
-        print(f"{args.what + '.' + name:36} {value:10.2f}")
+        print(f"{args.what + '.' + name:52} {value:10.4f}")
     if args.json:
         with written_whole(args.json) as temporary:
             temporary.write_text(json.dumps({args.what: figures}, indent=2))

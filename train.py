@@ -9,6 +9,7 @@ After every epoch look into saved_images/: pred_<n>.png is what the network says
 
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -47,11 +48,15 @@ NUM_EPOCHS = 3  # in total; more for few photos, or when Dice still rises at the
 BATCH_SIZE = 4  # images in a step; smaller if memory runs out
 LEARNING_RATE = 1e-3  # at its peak, after a warm-up; smaller if the loss jumps
 WEIGHT_DECAY = 1e-2  # AdamW's; larger against overfitting
+ACCUMULATION = 1  # parts in which a step's images are computed, one after the other: each needs less memory
+CLIP_NORM = 0.0  # longer gradients are cut to this norm; 0 cuts none. 1 helps when the loss jumps
 SEED = 0  # of weights, order and augmentation
 
 # The machine.
 DEVICE = "auto"  # "cuda", "cuda:1", "mps" or "cpu"; "auto" takes the first that is there
 PRECISION = "auto"  # "bf16", "fp16" or "fp32"; "auto" takes the fastest that the hardware has
+COMPILE = "auto"  # "yes" or "no" to torch.compile; "auto" compiles on CUDA, where it pays after a minute
+ACTIVATION_CHECKPOINTING = False  # True computes activations twice and keeps few: big images on a small GPU
 NUM_WORKERS = -1  # processes that load images; -1 chooses, 0 loads in this one
 
 # What a run reads and leaves.
@@ -89,10 +94,13 @@ def check_settings(s: SimpleNamespace) -> None:
         ("WEIGHT_DECAY", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("MEAN", tuple, lambda v: len(v) == 3 and all(math.isfinite(c) for c in v), "three numbers"),
         ("STD", tuple, lambda v: len(v) == 3 and all(0 < c < math.inf for c in v), "three numbers above 0"),
+        ("ACCUMULATION", whole, lambda v: v >= 1, "a whole number, at least 1"),
+        ("CLIP_NORM", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("SEED", whole, lambda v: v >= 0, "a whole number, at least 0"),
         ("NUM_WORKERS", whole, lambda v: v >= -1, "a whole number, at least 0, or to -1"),
         ("DEVICE", str, bool, '"auto", "cuda", "mps" or "cpu"'),
         ("PRECISION", str, lambda v: v in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
+        ("COMPILE", str, lambda v: v in ("auto", "yes", "no"), '"auto", "yes" or "no"'),
         ("CHECKPOINT", str, lambda v: v and not Path(v).is_dir(), "a file's name"),
         ("CHECKPOINT_MINUTES", number, lambda v: v >= 0, "a number, at least 0"),
         ("SAVED_IMAGES_DIR", str, bool, "a folder's name"),
@@ -139,6 +147,7 @@ class State:
     """All that training changes: what a checkpoint keeps, and continuing restores."""
 
     model: UNet
+    forward: Callable[[Tensor], Tensor]  # the model, compiled or not
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     history: list[dict] = field(default_factory=list)  # the rows of metrics.csv, one for each epoch that has ended
@@ -151,26 +160,40 @@ class State:
 def new_state(s: SimpleNamespace, device: torch.device, precision: torch.dtype, foreground: float) -> State:
     """An untrained network, whose first guess is the mean mask, and its optimizer."""
     torch.manual_seed(s.seed)
-    model = UNet(3, 1, s.features)
+    model = UNet(3, 1, s.features, s.activation_checkpointing)
     nn.init.constant_(model.head.bias, math.log(foreground / (1 - foreground)))
     model.to(device, memory_format=utils.memory_format(device))
-    optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate, weight_decay=s.weight_decay, fused=True)
-    return State(model, optimizer, torch.amp.GradScaler(device.type, enabled=precision == torch.float16))
+    forward = model
+    if s.compile == "yes" or (s.compile == "auto" and device.type == "cuda"):
+        shape = (-(-s.batch_size // s.accumulation), 3, s.image_height, s.image_width)
+        forward = utils.compile_model(model, shape, device, precision)
+    kernels = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim == 1]  # BatchNorm's and biases: no weight decay
+    groups = [{"params": kernels, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, s.learning_rate, fused=True)
+    return State(model, forward, optimizer, torch.amp.GradScaler(device.type, enabled=precision == torch.float16))
 
 
-def train_step(state: State, images: Tensor, masks: Tensor, lr: float, precision: torch.dtype) -> Tensor:
+def train_step(
+    state: State, images: Tensor, masks: Tensor, lr: float, precision: torch.dtype, s: SimpleNamespace
+) -> Tensor:
     """Learns from images (N, 3, H, W) and masks (N, 1, H, W) on the device; returns the sum of their losses, 0-dim."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        logits = state.model(images)  # (N, 1, H, W)
-    loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), masks)
-
     state.optimizer.zero_grad()
-    state.scaler.scale(loss).backward()
+    total = torch.zeros((), device=images.device)
+    for some, their_masks in zip(images.chunk(s.accumulation), masks.chunk(s.accumulation), strict=True):
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            logits = state.forward(some)  # (n, 1, H, W)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), their_masks) * len(some)
+        state.scaler.scale(loss / len(images)).backward()
+        total += loss.detach()
+    if s.clip_norm:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), s.clip_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    return loss.detach() * len(images)
+    return total
 
 
 def train_epoch(
@@ -180,26 +203,34 @@ def train_epoch(
     device = next(state.model.parameters()).device
     epoch, number = len(state.history), len(loader.dataset)
     loader.sampler.epoch, loader.sampler.start = epoch, state.images
-    start = time.perf_counter() - state.seconds
+    start, steps_before = time.perf_counter() - state.seconds, steps_taken(state.optimizer)
     title = f"epoch {epoch + 1}/{s.num_epochs}"
     with tqdm(total=number, initial=state.images, desc=title, unit="img", leave=False, disable=None) as bar:
-        for step, (images, masks) in enumerate(loader):
+        step = 0
+        for step, (images, masks) in enumerate(loader, start=1):
             utils.stop_if_asked()
-            if step == 0:
+            if step == 1:
                 utils.save_train_batch(images, masks, s.mean, s.std, Path(s.saved_images_dir, "train_batch.png"))
             images, masks = utils.to_device(images, masks, device)
             lr = learning_rate((epoch + state.images / number) / s.num_epochs, s.learning_rate)
-            loss = state.losses[state.images] = train_step(state, images, masks, lr, precision)
+            loss = state.losses[state.images] = train_step(state, images, masks, lr, precision, s)
             state.images += len(images)
             state.seconds = time.perf_counter() - start
 
-            if step % 10 == 0:  # reading a loss waits for the device
+            if step % 10 == 1:  # reading a loss waits for the device
                 bar.set_postfix(loss=f"{loss.item() / len(images):.4f}", refresh=False)
                 if not loss.isfinite():
                     break
             bar.update(len(images))
             save_if_due()
+        if state.scaler.is_enabled() and (skipped := step + steps_before - steps_taken(state.optimizer)):
+            tqdm.write(f"{skipped} of {step} steps were skipped since a gradient overflowed fp16: a few are normal.")
     raise_if_not_finite(state, loader)
+
+
+def steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """The steps that AdamW has counted: those that GradScaler skips are not among them."""
+    return next((int(weight["step"]) for weight in optimizer.state.values()), 0)
 
 
 def raise_if_not_finite(state: State, loader: DataLoader) -> None:
@@ -245,8 +276,7 @@ def restore(state: State, checkpoint: dict, header: dict) -> None:
     """Puts `state` where the checkpoint was left, as far as settings and data are the same today."""
     state.model.load_state_dict(checkpoint["state_dict"])
     state.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group in state.optimizer.param_groups:
-        group["weight_decay"] = header["settings"]["weight_decay"]
+    state.optimizer.param_groups[0]["weight_decay"] = header["settings"]["weight_decay"]
     if checkpoint["scaler"]:  # empty unless it was trained in fp16
         state.scaler.load_state_dict(checkpoint["scaler"])
     state.history, state.best = checkpoint["history"], checkpoint["best"]
@@ -308,7 +338,9 @@ def train(s: SimpleNamespace) -> None:
     if (number % s.batch_size or s.batch_size) == 1 and max(s.image_height, s.image_width) <= 2 ** len(s.features):
         raise UserError(f"BATCH_SIZE {s.batch_size} leaves one image for a step, too few at this size: choose another")
 
-    state = new_state(s, device, precision, train_loader.dataset.infos["foreground"].mean())
+    foreground = train_loader.dataset.infos["foreground"].mean()
+    utils.tune(device)
+    state = new_state(s, device, precision, foreground)
     header = {  # of every checkpoint
         "model": {"in_channels": 3, "out_channels": 1, "features": list(s.features)},
         "preprocessing": {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std},
@@ -334,6 +366,7 @@ def train(s: SimpleNamespace) -> None:
                 train_epoch(train_loader, state, precision, s, save_if_due)
                 start = time.perf_counter()
                 metrics = utils.check_accuracy(val_loader, state.model, device, precision, Path(s.saved_images_dir))
+                predicted = metrics.pop("predicted")
                 row = {
                     "epoch": len(state.history) + 1,
                     "train_loss": (torch.stack(list(state.losses.values())).sum() / number).item(),
@@ -353,6 +386,12 @@ def train(s: SimpleNamespace) -> None:
                     "  {seconds:7.1f}".format(**row)
                     + "  best" * is_best
                 )
+                if predicted in (0, 1):
+                    print(
+                        f"WARNING: it predicts {('background', 'foreground')[int(predicted)]} for every pixel, and "
+                        f"{100 * foreground:.1f} % of the training masks are foreground: raise NUM_EPOCHS, or for "
+                        "objects of a few pixels IMAGE_HEIGHT and IMAGE_WIDTH"
+                    )
         except utils.Stopped as stopped:
             if not state.history and not state.images:
                 print(f"Stopped by {stopped} before the first step: nothing was saved.")
@@ -372,7 +411,16 @@ def train(s: SimpleNamespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(utils.parse_settings(globals(), argv))
+    s = utils.parse_settings(globals(), argv)
+    try:
+        train(s)
+    except RuntimeError as error:  # of different kinds on CUDA, MPS and the CPU
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise UserError(
+            f"out of memory at BATCH_SIZE {s.batch_size} and {s.image_height} x {s.image_width} pixels: halve "
+            "BATCH_SIZE or double ACCUMULATION, set ACTIVATION_CHECKPOINTING = True, or halve height and width"
+        ) from error
 
 
 if __name__ == "__main__":
