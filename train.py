@@ -270,6 +270,9 @@ def train(s: SimpleNamespace) -> None:
         resume = f"{s.checkpoint} is good, with {saved} epochs: continue with the same flags and --load-model"
         print(f"Stopped. {resume if saved else 'No epoch had ended, and nothing was saved.'}")
         raise
+    model.load_state_dict(utils.load_checkpoint(best_path(s))["state_dict"])
+    best, full = max(row["dice"] for row in history), utils.full_size_dice(val_loader, model, device, precision)
+    print(f"Dice of the best weights: {best:.4f} at training size, {full:.4f} at the photos' own size.")
     print(
         f"Look into {s.saved_images_dir}/. The best weights are in {best_path(s)}, the newest state in {s.checkpoint}."
     )
