@@ -161,7 +161,7 @@ def clean_edge(photo: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         inside = cv2.erode(alpha[rows], np.ones((5, 5), np.uint8)) == 255
         share = cv2.blur(inside.astype(np.float32), (13, 13))[..., None]
         total = cv2.blur(photo[rows] * inside[..., None].astype(np.float32), (13, 13))
-        clean[kept] = np.where(inside[..., None], photo[rows], total / np.maximum(share, 1e-3))[inner]
+        clean[kept] = np.where(inside[..., None], photo[rows], total / np.maximum(share, 1e-3) + 0.5)[inner]
     return clean
 
 
@@ -376,10 +376,12 @@ def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, args: argparse.N
         write_png(args.output_dir / f"{photo.name}_{kind}.png", picture)
 
     scores = runs = None
-    full = image if args.tile and not args.size else read_image(photo.path)
-    with ONE_AT_A_TIME if full.size > 3 * LARGE else nullcontext():
+    with Image.open(photo.path) as header:
+        is_large = header.width * header.height > LARGE
+    with ONE_AT_A_TIME if is_large else nullcontext():
+        full = image if args.tile and not args.size else read_image(photo.path)
         probabilities = utils.enlarge(logits, image, full)
-        mask = (probabilities > args.threshold).astype(np.uint8) * np.uint8(255)
+        mask = cv2.compare(probabilities, args.threshold, cv2.CMP_GT)  # uint8 (H, W) in {0, 255}
         if args.submission:
             runs = rle_encode(mask)
         else:
@@ -388,18 +390,18 @@ def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, args: argparse.N
             scores = score(mask, photo.mask)
         if args.overlay:
             save("overlay", draw_overlay(full, mask))
-        if args.cutout or args.background:
-            alpha = soft_edge(probabilities, args.threshold)
-            cutout = Image.fromarray(clean_edge(full, alpha))
-            alpha = Image.fromarray(alpha)
+        alpha = soft_edge(probabilities, args.threshold) if args.cutout or args.background else None
+        if args.probabilities:
+            probabilities *= 65535
+            save("probabilities", Image.fromarray(probabilities.round(out=probabilities).astype(np.uint16)))
+        del probabilities, mask  # for the memory of a large photo
+        if alpha is not None:
+            cutout, alpha = Image.fromarray(clean_edge(full, alpha)), Image.fromarray(alpha)
             if args.background:
                 save("background", put_on(args.background, cutout, alpha))
             if args.cutout:
                 cutout.putalpha(alpha)
                 save("cutout", cutout)
-        if args.probabilities:
-            probabilities *= 65535
-            save("probabilities", Image.fromarray(probabilities.round(out=probabilities).astype(np.uint16)))
     return photo, scores, runs
 
 
@@ -411,11 +413,12 @@ def score(mask: np.ndarray, path: Path) -> dict[str, float]:
         raise UserError(
             f"{path} is {truth.shape[1]} x {truth.shape[0]} pixels, but its photo {width} x {height}: mend it"
         )
-    tp, fp, fn, tn = utils.confusion(torch.from_numpy(mask)[None] > 0, torch.from_numpy(truth)[None] > 0)
+    hits, found, wanted = map(cv2.countNonZero, (mask & truth, mask, truth))
+    tp, fp, fn = torch.tensor((hits, found - hits, wanted - hits))
     return {
         "dice": utils.dice_scores(tp, fp, fn).item(),
         "iou": utils.iou_scores(tp, fp, fn).item(),
-        "pixel_accuracy": ((tp + tn) / mask.size).item(),
+        "pixel_accuracy": 1 - (fp + fn).item() / mask.size,
         "boundary_f1": utils.boundary_f1(mask, truth),
     }
 
@@ -440,14 +443,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, default=0.5, help="the probability above which a pixel is foreground [0.5]")
     add("--tta", action="store_true", help="averages photo and mirror image: twice the time, a little better")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="the network sees photos at this size [training's]")
-    add(
-        "--tile",
-        type=int,
-        nargs="?",
-        const=512,
-        metavar="N",
-        help="it sees them at their own size, N x N at once [512]",
-    )
+    add("--tile", type=int, nargs="?", const=512, metavar="N", help="... at their own size, N x N at once [512]")
     add("--batch-size", type=int, default=8, help="photos that the network sees at once [8]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first that is there]")
     args = parser.parse_args(argv)

@@ -299,13 +299,17 @@ def boundary_f1(prediction: np.ndarray, mask: np.ndarray) -> float:
     for semantic segmentation?", BMVC 2013.
     """
     tolerance = 0.0075 * np.hypot(*mask.shape)
-    masks = (prediction > 0).astype(np.uint8), (mask > 0).astype(np.uint8)
-    outlines = [mask - cv2.erode(mask, np.ones((3, 3), np.uint8)) for mask in masks]
+    masks = ((pixels > 0).astype(np.uint8) for pixels in (prediction, mask))
+    outlines = [pixels - cv2.erode(pixels, np.ones((3, 3), np.uint8)) for pixels in masks]
     if not all(outline.any() for outline in outlines):
         return float(not any(outline.any() for outline in outlines))
-    predicted, true = (cv2.distanceTransform(1 - outline, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for outline in outlines)
-    precision = np.mean(true[predicted == 0] <= tolerance)
-    recall = np.mean(predicted[true == 0] <= tolerance)
+    x, y, width, height = cv2.boundingRect(outlines[0] | outlines[1])
+    predicted, true = (outline[y : y + height, x : x + width] for outline in outlines)
+    near_predicted, near_true = (
+        cv2.distanceTransform(1 - outline, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= tolerance
+        for outline in (predicted, true)
+    )
+    precision, recall = near_true[predicted > 0].mean(), near_predicted[true > 0].mean()
     return float(2 * precision * recall / max(precision + recall, 1e-9))
 
 
@@ -320,7 +324,7 @@ def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndar
         logits, image: the network's output float32 (h, w), and its input uint8 (h, w, 3).
         photo: uint8 (H, W, 3).
     """
-    probabilities = 1 / (1 + np.exp(-logits))
+    probabilities = torch.from_numpy(logits).sigmoid().numpy()
     if image.shape == photo.shape:
         return probabilities
     mean = partial(cv2.blur, ksize=(5, 5))
