@@ -1,29 +1,38 @@
 """Measures every speed that the README claims, side by side in one run.
 
 python benchmark.py loader                     # photos/s from files to batches, against the classic pipeline
+python benchmark.py predict                    # photos/s from photos to masks at 1918 x 1280, against the plain way
 python benchmark.py loader --json speed.json   # the same figures in a file
 """
 
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 import albumentations as A
 import numpy as np
+import torch
+from albumentations.pytorch import ToTensorV2
 from PIL import Image
 
 import dataset
+import predict
 import train
 import utils
 from dataset import CarvanaDataset, find_pairs, written_whole
+from model import UNet
 from sample_data import draw_dataset
 
 ROUNDS = 5  # each contender runs once a round, in turn, so that a noisy machine is noisy for all
+PROCESSES = 3  # likewise, where each contender runs in a process of its own, so that its memory can be told
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -78,7 +87,69 @@ def benchmark_loader() -> dict[str, float]:
     }
 
 
-BENCHMARKS = {"loader": benchmark_loader}
+def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path) -> None:
+    """The plain way: one photo at a time, fp32, decoded in full, nearest neighbour, PNG as Pillow writes it."""
+    state = utils.load_checkpoint(checkpoint)
+    model = UNet(**state["model"]).eval()
+    model.load_state_dict(state["state_dict"])
+    settings = state["preprocessing"]
+    transform = A.Compose(
+        [A.Resize(settings["height"], settings["width"]), A.Normalize(settings["mean"], settings["std"]), ToTensorV2()]
+    )
+    for photo in photos:
+        image = np.array(Image.open(photo).convert("RGB"))
+        with torch.no_grad():
+            prediction = torch.sigmoid(model(transform(image=image)["image"][None]))[0, 0] > 0.5
+        mask = Image.fromarray(prediction.numpy().astype(np.uint8) * 255)
+        mask.resize(image.shape[1::-1], Image.Resampling.NEAREST).save(output_dir / f"{photo.stem}_mask.png")
+
+
+def measure_prediction(is_plain: bool, checkpoint: Path, photos: list[Path], output_dir: Path) -> tuple[float, float]:
+    """Seconds, from the checkpoint to the last mask, and this process's peak of memory in GB."""
+    import resource  # which Windows does not have
+
+    def work(photos: list[Path]) -> None:
+        if is_plain:
+            predict_plainly(checkpoint, photos, output_dir)
+        else:
+            predict.main([*map(str, photos), "--checkpoint", str(checkpoint), "--output-dir", str(output_dir)])
+
+    work(photos[:1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return seconds(lambda: work(photos)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def benchmark_predict() -> dict[str, float]:
+    """Photos per second and the peak of memory, from 1918 x 1280 JPEGs to masks, with the default network."""
+    settings = utils.parse_settings(vars(train), [])
+    network = {"in_channels": 3, "out_channels": 1, "features": list(settings.features)}
+    preprocessing = {"height": settings.image_height, "width": settings.image_width}
+    preprocessing |= {"mean": settings.mean, "std": settings.std}
+    measured = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder, "network.pth.tar")
+        state = {"model": network, "preprocessing": preprocessing, "state_dict": UNet(**network).state_dict()}
+        utils.save_checkpoint(state, checkpoint)
+        draw_dataset(Path(folder, "data"), train_cars=1, val_cars=1)
+        photos = sorted(Path(folder, "data").glob("*_images/*.jpg"))
+        for number in range(PROCESSES):
+            for is_plain in measured:
+                output_dir = Path(folder, f"{number}_{is_plain}")
+                output_dir.mkdir()
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    work = pool.submit(measure_prediction, is_plain, checkpoint, photos, output_dir)
+                    measured[is_plain].append(work.result())
+    (plain, plain_memory), (ours, our_memory) = (np.median(values, axis=0) for values in measured.values())
+    return {
+        "plain_photos_per_second": len(photos) / plain,
+        "photos_per_second": len(photos) / ours,
+        "ratio": plain / ours,
+        "plain_memory_gb": plain_memory,
+        "memory_gb": our_memory,
+    }
+
+
+BENCHMARKS = {"loader": benchmark_loader, "predict": benchmark_predict}
 
 
 def main(argv: list[str] | None = None) -> None:
