@@ -111,7 +111,7 @@ def stem_of(path: Path) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
     """An image opened with Pillow. Pillow raises many kinds of errors on broken files: each becomes a UserError."""
     try:
         with Image.open(path) as image:
@@ -137,7 +137,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 def _decode_image(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     """The image of read_image, and its own (height, width)."""
-    with _opened(path) as image:
+    with opened(path) as image:
         own_size = _upright_size(image)
         if size:
             for scale in (8, 4, 2):
@@ -165,7 +165,7 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 def _decode_mask(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     """The mask of read_mask, and its own (height, width)."""
-    with _opened(path) as image:
+    with opened(path) as image:
         own_size, is_lossy = _upright_size(image), image.format in ("JPEG", "MPO", "WEBP")
         ImageOps.exif_transpose(image, in_place=True)
         if image.has_transparency_data:

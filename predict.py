@@ -37,7 +37,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import utils
-from dataset import SUFFIXES, UserError, find_masks, read_image, read_mask, resize, stem_of
+from dataset import SUFFIXES, UserError, find_masks, opened, read_image, read_mask, resize, stem_of
 from model import DoubleConv, UNet
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -348,9 +348,7 @@ def in_threads(
             yield result
 
 
-def run_network(
-    model: Predictor, decoded: Iterator[tuple], batch_size: int, args: argparse.Namespace
-) -> Iterator[tuple]:
+def run_network(model: Predictor, decoded: Iterator, batch_size: int, args: argparse.Namespace) -> Iterator[tuple]:
     """(photo, image) -> (photo, image, logits), in batches of equal size.
 
     The last one is filled up with copies of its last image: with one shape throughout, what a GPU computes for a photo
@@ -376,7 +374,7 @@ def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, args: argparse.N
         write_png(args.output_dir / f"{photo.name}_{kind}.png", picture)
 
     scores = runs = None
-    with Image.open(photo.path) as header:
+    with opened(photo.path) as header:
         is_large = header.width * header.height > LARGE
     with ONE_AT_A_TIME if is_large else nullcontext():
         full = image if args.tile and not args.size else read_image(photo.path)
@@ -410,9 +408,7 @@ def score(mask: np.ndarray, path: Path) -> dict[str, float]:
     truth = read_mask(path)
     if truth.shape != mask.shape:
         height, width = mask.shape
-        raise UserError(
-            f"{path} is {truth.shape[1]} x {truth.shape[0]} pixels, but its photo {width} x {height}: mend it"
-        )
+        raise UserError(f"{path} is {truth.shape[1]} x {truth.shape[0]}, but its photo {width} x {height}: mend it")
     hits, found, wanted = map(cv2.countNonZero, (mask & truth, mask, truth))
     tp, fp, fn = torch.tensor((hits, found - hits, wanted - hits))
     return {
@@ -443,7 +439,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, default=0.5, help="the probability above which a pixel is foreground [0.5]")
     add("--tta", action="store_true", help="averages photo and mirror image: twice the time, a little better")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="the network sees photos at this size [training's]")
-    add("--tile", type=int, nargs="?", const=512, metavar="N", help="... at their own size, N x N at once [512]")
+    add(
+        "--tile",
+        type=int,
+        nargs="?",
+        const=512,
+        metavar="N",
+        help="it sees N x N of them at once, at --size or their own [512]",
+    )
     add("--batch-size", type=int, default=8, help="photos that the network sees at once [8]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first that is there]")
     args = parser.parse_args(argv)
@@ -504,7 +507,8 @@ def main(argv: list[str] | None = None) -> None:
     photos = find_photos(args.inputs, args.mask_dir)
     if not args.submission or args.mask_dir or args.overlay or args.cutout or args.background or args.probabilities:
         check_writable(args.output_dir)
-    check_table(args.output_dir / "scores.csv", "photo," + ",".join(SCORES))
+    if args.mask_dir:
+        check_table(args.output_dir / "scores.csv", "photo," + ",".join(SCORES))
     share = photos[RANK::WORLD_SIZE]
     if args.submission:
         stat = Path(args.checkpoint).stat()
@@ -534,18 +538,16 @@ def main(argv: list[str] | None = None) -> None:
     if RANK > 0:
         return
 
-    failed, scores = sum(len(failures) for failures, _ in everyone), [row for _, rows in everyone for row in rows]
+    failed = sum(len(failures) for failures, _ in everyone)
+    scores = sorted((row for _, rows in everyone for row in rows), key=lambda row: row["dice"])
     seconds = time.perf_counter() - start
     print(f"{len(photos) - failed} photos in {seconds:.1f} s: {args.submission or args.output_dir}")
     if scores:
-        scores.sort(key=lambda row: row["dice"])
         utils.save_metrics(scores, args.output_dir / "scores.csv")
         print("".join(f"{name:>16}" for name in SCORES))
-        for row in scores[:5]:
+        mean = {name: np.mean([row[name] for row in scores]) for name in SCORES}
+        for row in (*scores[:5], mean | {"photo": f"mean of {len(scores)}"}):
             print("".join(f"{row[name]:16.4f}" for name in SCORES) + f"  {row['photo']}")
-        print(
-            "".join(f"{np.mean([row[name] for row in scores]):16.4f}" for name in SCORES) + f"  mean of {len(scores)}"
-        )
     if args.submission:
         submission.write()
         if not failed:  # else the same command adds what is missing, once the photos are mended

@@ -427,7 +427,7 @@ def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, pat
 
 
 def save_metrics(history: list[dict], path: Path) -> None:
-    """Writes metrics.csv: a row for each epoch."""
+    """Writes metrics.csv, a row for each epoch, or scores.csv, a row for each photo."""
     with saving(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
