@@ -5,6 +5,7 @@ python benchmark.py predict                    # photos/s from photos to masks a
 python benchmark.py loader --json speed.json   # the same figures in a file
 """
 
+import io
 import json
 import os
 import statistics
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -112,7 +114,8 @@ def measure_prediction(is_plain: bool, checkpoint: Path, photos: list[Path], out
         if is_plain:
             predict_plainly(checkpoint, photos, output_dir)
         else:
-            predict.main([*map(str, photos), "--checkpoint", str(checkpoint), "--output-dir", str(output_dir)])
+            with redirect_stdout(io.StringIO()):
+                predict.main([*map(str, photos), "--checkpoint", str(checkpoint), "--output-dir", str(output_dir)])
 
     work(photos[:1])
     unit = 1 if sys.platform == "darwin" else 1024

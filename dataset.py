@@ -42,13 +42,18 @@ class UserError(Exception):
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that takes the place of `path` when the block has ended well: no file is half written."""
+def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Yields a temporary path that takes the place of `path` when the block has ended well: no file is half written.
+
+    The file that was there is kept as `previous`, if that is given.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if previous and path.exists():
+            path.replace(previous)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -270,6 +275,10 @@ class CarvanaDataset(Dataset):
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_cache": None}  # a spawned worker maps the file anew instead of receiving its contents
+
+    def fingerprint(self) -> str:
+        """Of the prepared pairs' names and contents: other data have another one."""
+        return _digest([image.name for image, _ in self.pairs], self.infos.tolist())
 
     def prepare(self, cache_dir: Path | None) -> None:
         """Decodes every pair once, which checks it, and keeps the samples in a memory-mapped file in cache_dir.

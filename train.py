@@ -11,6 +11,8 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ import albumentations as A
 import cv2
 import torch
 from albumentations.pytorch import ToTensorV2
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -55,6 +57,7 @@ NUM_WORKERS = -1  # processes that load images; -1 chooses, 0 loads in this one
 # What a run reads and leaves.
 LOAD_MODEL = False  # True continues from CHECKPOINT
 CHECKPOINT = "my_checkpoint.pth.tar"  # the newest state; the best weights go to my_checkpoint_best.pth.tar
+CHECKPOINT_MINUTES = 10.0  # between two checkpoints, of which every epoch's end has one, too
 SAVED_IMAGES_DIR = "saved_images"  # pictures and metrics.csv
 
 MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1 in photos (ImageNet's); the network sees (RGB - MEAN) / STD
@@ -91,6 +94,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("DEVICE", str, bool, '"auto", "cuda", "mps" or "cpu"'),
         ("PRECISION", str, lambda v: v in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
         ("CHECKPOINT", str, lambda v: v and not Path(v).is_dir(), "a file's name"),
+        ("CHECKPOINT_MINUTES", number, lambda v: v >= 0, "a number, at least 0"),
         ("SAVED_IMAGES_DIR", str, bool, "a folder's name"),
     ):
         value = getattr(s, name.lower())
@@ -130,80 +134,156 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
 
 
+@dataclass
+class State:
+    """All that training changes: what a checkpoint keeps, and continuing restores."""
+
+    model: UNet
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    history: list[dict] = field(default_factory=list)  # the rows of metrics.csv, one for each epoch that has ended
+    best: float = -1.0  # Dice of the best epoch
+    images: int = 0  # of the epoch under way that were trained on
+    losses: dict[int, Tensor] = field(default_factory=dict)  # of its batches, summed; by the `images` before each
+    seconds: float = 0.0  # of training in it
+
+
+def new_state(s: SimpleNamespace, device: torch.device, precision: torch.dtype, foreground: float) -> State:
+    """An untrained network, whose first guess is the mean mask, and its optimizer."""
+    torch.manual_seed(s.seed)
+    model = UNet(3, 1, s.features)
+    nn.init.constant_(model.head.bias, math.log(foreground / (1 - foreground)))
+    model.to(device, memory_format=utils.memory_format(device))
+    optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate, weight_decay=s.weight_decay, fused=True)
+    return State(model, optimizer, torch.amp.GradScaler(device.type, enabled=precision == torch.float16))
+
+
+def train_step(state: State, images: Tensor, masks: Tensor, lr: float, precision: torch.dtype) -> Tensor:
+    """Learns from images (N, 3, H, W) and masks (N, 1, H, W) on the device; returns the sum of their losses, 0-dim."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        logits = state.model(images)  # (N, 1, H, W)
+    loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), masks)
+
+    state.optimizer.zero_grad()
+    state.scaler.scale(loss).backward()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return loss.detach() * len(images)
+
+
 def train_epoch(
-    loader: DataLoader,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    precision: torch.dtype,
-    s: SimpleNamespace,
-    epoch: int,
-) -> float:
-    """One pass over the training images; returns the mean loss of the images as they were trained on."""
-    device = next(model.parameters()).device
-    loss_fn = nn.BCEWithLogitsLoss()
-    loader.sampler.epoch = epoch
-    total = torch.zeros((), device=device)  # of losses, on the device: reading it would make the loop wait
-    with tqdm(
-        total=len(loader.dataset), desc=f"epoch {epoch + 1}/{s.num_epochs}", unit="img", leave=False, disable=None
-    ) as bar:
+    loader: DataLoader, state: State, precision: torch.dtype, s: SimpleNamespace, save_if_due: Callable[[], None]
+) -> None:
+    """Trains on the images of an epoch, or on those of them that remain. Raises UserError if the loss is not finite."""
+    device = next(state.model.parameters()).device
+    epoch, number = len(state.history), len(loader.dataset)
+    loader.sampler.epoch, loader.sampler.start = epoch, state.images
+    start = time.perf_counter() - state.seconds
+    title = f"epoch {epoch + 1}/{s.num_epochs}"
+    with tqdm(total=number, initial=state.images, desc=title, unit="img", leave=False, disable=None) as bar:
         for step, (images, masks) in enumerate(loader):
+            utils.stop_if_asked()
             if step == 0:
                 utils.save_train_batch(images, masks, s.mean, s.std, Path(s.saved_images_dir, "train_batch.png"))
-            images, masks = utils.to_device(images, masks, device)  # (N, 3, H, W), (N, 1, H, W)
-            lr = learning_rate((epoch + step / len(loader)) / s.num_epochs, s.learning_rate)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            images, masks = utils.to_device(images, masks, device)
+            lr = learning_rate((epoch + state.images / number) / s.num_epochs, s.learning_rate)
+            loss = state.losses[state.images] = train_step(state, images, masks, lr, precision)
+            state.images += len(images)
+            state.seconds = time.perf_counter() - start
 
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                logits = model(images)  # (N, 1, H, W)
-            loss = loss_fn(logits.float(), masks)
-
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-
-            total += loss.detach() * len(images)
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            if step % 10 == 0:  # reading a loss waits for the device
+                bar.set_postfix(loss=f"{loss.item() / len(images):.4f}", refresh=False)
+                if not loss.isfinite():
+                    break
             bar.update(len(images))
-    return (total / len(loader.dataset)).item()
+            save_if_due()
+    raise_if_not_finite(state, loader)
 
 
-def load_model(s: SimpleNamespace) -> dict:
-    """The checkpoint to continue from. Raises UserError if it cannot be continued with these settings."""
+def raise_if_not_finite(state: State, loader: DataLoader) -> None:
+    """Raises UserError with the names of the epoch's first batch that made the loss or a weight infinite or nan."""
+    starts, losses = list(state.losses), torch.stack(list(state.losses.values()))
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad) or not all(weight.isfinite().all() for weight in state.model.parameters()):
+        first = bad[0].item() if len(bad) else len(starts) - 1
+        end = [*starts, state.images][first + 1]
+        names = [loader.dataset.pairs[index][0].name for index in loader.sampler.order()[starts[first] : end]]
+        raise UserError(
+            f"training broke down (loss {losses[first].item():.3g}) with {', '.join(names)}: look at these photos and "
+            f"their masks, or lower LEARNING_RATE; checkpoints are as they were before"
+        )
+
+
+def checkpoint_to_continue(s: SimpleNamespace) -> dict | None:
+    """The checkpoint from which this run goes on, or None. Raises UserError if these settings do not allow it.
+
+    When torchrun starts the processes again because one has died, they go on by themselves.
+    """
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and Path(s.checkpoint).exists()
+    if not (s.load_model or is_restart):
+        return None
     checkpoint = utils.load_checkpoint(Path(s.checkpoint))
-    if not {"optimizer", "scaler", "epoch", "history"} <= checkpoint.keys():
+    if "optimizer" not in checkpoint:
         raise UserError(f"{s.checkpoint} has weights only: set CHECKPOINT to the one without _best in its name")
-    settings = checkpoint["preprocessing"]
-    for name, before, now in (
-        ("FEATURES", checkpoint["model"]["features"], s.features),
-        ("IMAGE_HEIGHT and IMAGE_WIDTH", (settings["height"], settings["width"]), (s.image_height, s.image_width)),
-        ("MEAN and STD", (settings["mean"], settings["std"]), (s.mean, s.std)),
-    ):
-        if tuple(before) != now:
-            raise UserError(f"{s.checkpoint} was trained with {name} {before}: set that again, or LOAD_MODEL = False")
-    if checkpoint["epoch"] >= s.num_epochs:
+    before = checkpoint["settings"]
+    fixed = ("features", "image_height", "image_width", "mean", "std")
+    if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
+        raise UserError(
+            f"{s.checkpoint} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False"
+        )
+    if len(checkpoint["history"]) >= s.num_epochs and not is_restart:
         raise UserError(f"{s.checkpoint} has {checkpoint['epoch']} epochs already: set NUM_EPOCHS to more than that")
+    for name in ("batch_size", "num_epochs", "learning_rate", "weight_decay", "precision", "seed"):
+        if before[name] != getattr(s, name):
+            print(f"{name.upper()} was {before[name]} and is {getattr(s, name)} from here on.")
     return checkpoint
 
 
-def restore(
-    checkpoint: dict,
-    model: UNet,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    s: SimpleNamespace,
-) -> list[dict]:
-    """Puts model, optimizer and scaler into the checkpoint's state; returns its history."""
-    model.load_state_dict(checkpoint["state_dict"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for group in optimizer.param_groups:
-        group["weight_decay"] = s.weight_decay  # today's, like the learning rate
+def restore(state: State, checkpoint: dict, header: dict) -> None:
+    """Puts `state` where the checkpoint was left, as far as settings and data are the same today."""
+    state.model.load_state_dict(checkpoint["state_dict"])
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    for group in state.optimizer.param_groups:
+        group["weight_decay"] = header["settings"]["weight_decay"]
     if checkpoint["scaler"]:  # empty unless it was trained in fp16
-        scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["history"]
+        state.scaler.load_state_dict(checkpoint["scaler"])
+    state.history, state.best = checkpoint["history"], checkpoint["best"]
+
+    data, data_before = header["data"], checkpoint["data"]
+    if data["val"] != data_before["val"]:
+        print("The validation photos have changed: scores before and after do not compare, and a new best is sought.")
+        state.best = -1.0
+    if data["train"] == data_before["train"] and header["settings"]["seed"] == checkpoint["settings"]["seed"]:
+        state.images, state.seconds = checkpoint["images"], checkpoint["seconds"]
+        device = next(state.model.parameters()).device
+        state.losses = {images: torch.tensor(loss, device=device) for images, loss in checkpoint["losses"].items()}
+    elif checkpoint["images"]:
+        print("The training photos or SEED have changed: the epoch that was cut off begins anew.")
+    print(f"Continuing after {len(state.history)} epochs and {state.images} images of the next.")
+
+
+def save(s: SimpleNamespace, header: dict, state: State, writer: utils.CheckpointWriter, is_best: bool = False) -> None:
+    """Has the newest state written, and the best weights if these are; each rebuilds the model and its input."""
+    weights = header | {
+        "state_dict": state.model.state_dict(),
+        "epoch": len(state.history),
+        "history": state.history,
+    }
+    newest = weights | {
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "best": state.best,
+        "images": state.images,
+        "losses": {images: loss.item() for images, loss in state.losses.items()},
+        "seconds": state.seconds,
+    }
+    path = Path(s.checkpoint)
+    files = [(newest, path, utils.sibling(path, ".prev"))]
+    if is_best:
+        files.insert(0, (weights, utils.sibling(path, "_best"), None))
+    writer.save(files)
 
 
 def train(s: SimpleNamespace) -> None:
@@ -211,7 +291,7 @@ def train(s: SimpleNamespace) -> None:
     check_settings(s)
     device = utils.choose_device(s.device)
     precision = utils.choose_precision(s.precision, device)
-    checkpoint = load_model(s) if s.load_model else None
+    checkpoint = checkpoint_to_continue(s)
     use_sample_if_empty(s)
 
     train_loader, val_loader = utils.get_loaders(
@@ -224,89 +304,74 @@ def train(s: SimpleNamespace) -> None:
         seed=s.seed,
         cache_dir=s.cache_dir,
     )
-
-    last_batch = len(train_loader.dataset) % s.batch_size or s.batch_size
-    if last_batch == 1 and max(s.image_height, s.image_width) <= 2 ** len(s.features):
+    number = len(train_loader.dataset)
+    if (number % s.batch_size or s.batch_size) == 1 and max(s.image_height, s.image_width) <= 2 ** len(s.features):
         raise UserError(f"BATCH_SIZE {s.batch_size} leaves one image for a step, too few at this size: choose another")
 
-    torch.manual_seed(s.seed)
-    model = UNet(3, 1, s.features)
-    foreground = train_loader.dataset.infos["foreground"].mean()
-    nn.init.constant_(model.head.bias, math.log(foreground / (1 - foreground)))  # the first guess is the mean mask
-    model.to(device, memory_format=utils.memory_format(device))
-    optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate, weight_decay=s.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    history: list[dict] = []  # the rows of metrics.csv
-    if checkpoint:
-        history = restore(checkpoint, model, optimizer, scaler, s)
-
-    print(f"Training on {device} in {str(precision).removeprefix('torch.')}, {s.batch_size} images a step.")
-    print("epoch  train_loss  val_loss  pixel_accuracy    dice     iou  seconds")
-    saved = len(history)  # epochs in the newest checkpoint
-    try:
-        for epoch in range(saved, s.num_epochs):
-            start = time.perf_counter()
-            train_loss = train_epoch(train_loader, model, optimizer, scaler, precision, s, epoch)
-            train_seconds = time.perf_counter() - start
-            metrics = utils.check_accuracy(val_loader, model, device, precision, Path(s.saved_images_dir))
-            row = {
-                "epoch": epoch + 1,
-                "train_loss": train_loss,
-                **metrics,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - start,
-                "images_per_second": len(train_loader.dataset) / train_seconds,
-            }
-            is_best = all(row["dice"] > earlier["dice"] for earlier in history)
-            history.append(row)
-            save(s, model, optimizer, scaler, history, is_best)
-            saved = epoch + 1
-            print(
-                "{epoch:5}  {train_loss:10.4f}  {val_loss:8.4f}  {pixel_accuracy:14.4f}  {dice:6.4f}  {iou:6.4f}"
-                "  {seconds:7.1f}".format(**row)
-                + "  best" * is_best
-            )
-    except KeyboardInterrupt:
-        resume = f"{s.checkpoint} is good, with {saved} epochs: continue with the same flags and --load-model"
-        print(f"Stopped. {resume if saved else 'No epoch had ended, and nothing was saved.'}")
-        raise
-    model.load_state_dict(utils.load_checkpoint(best_path(s))["state_dict"])
-    best, full = max(row["dice"] for row in history), utils.full_size_dice(val_loader, model, device, precision)
-    print(f"Dice of the best weights: {best:.4f} at training size, {full:.4f} at the photos' own size.")
-    print(
-        f"Look into {s.saved_images_dir}/. The best weights are in {best_path(s)}, the newest state in {s.checkpoint}."
-    )
-
-
-def save(
-    s: SimpleNamespace,
-    model: UNet,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    history: list[dict],
-    is_best: bool,
-) -> None:
-    """Saves the newest state, the best weights and metrics.csv; each checkpoint rebuilds the model and its input."""
-    state = {
-        "state_dict": model.state_dict(),
+    state = new_state(s, device, precision, train_loader.dataset.infos["foreground"].mean())
+    header = {  # of every checkpoint
         "model": {"in_channels": 3, "out_channels": 1, "features": list(s.features)},
         "preprocessing": {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std},
-        "epoch": len(history),
-        "history": history,
         "settings": vars(s),
+        "data": {"train": train_loader.dataset.fingerprint(), "val": val_loader.dataset.fingerprint()},
     }
-    if is_best:
-        utils.save_checkpoint(state, best_path(s))
-    utils.save_checkpoint(
-        state | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, Path(s.checkpoint)
-    )
-    utils.save_metrics(history, Path(s.saved_images_dir, "metrics.csv"))
+    if checkpoint:
+        restore(state, checkpoint, header)
+    else:
+        utils.set_aside(Path(s.checkpoint))
 
+    with utils.CheckpointWriter() as writer, utils.signals_wait():
+        print(f"Training on {device} in {str(precision).removeprefix('torch.')}, {s.batch_size} images a step.")
+        print("epoch  train_loss  val_loss  pixel_accuracy    dice     iou  seconds")
 
-def best_path(s: SimpleNamespace) -> Path:
-    """my_checkpoint.pth.tar -> my_checkpoint_best.pth.tar"""
-    stem, dot, suffixes = Path(s.checkpoint).name.partition(".")
-    return Path(s.checkpoint).with_name(f"{stem}_best{dot}{suffixes}")
+        def save_if_due() -> None:
+            if writer.seconds_since_save() > 60 * s.checkpoint_minutes:
+                raise_if_not_finite(state, train_loader)
+                save(s, header, state, writer)
+
+        try:
+            while len(state.history) < s.num_epochs:
+                train_epoch(train_loader, state, precision, s, save_if_due)
+                start = time.perf_counter()
+                metrics = utils.check_accuracy(val_loader, state.model, device, precision, Path(s.saved_images_dir))
+                row = {
+                    "epoch": len(state.history) + 1,
+                    "train_loss": (torch.stack(list(state.losses.values())).sum() / number).item(),
+                    **metrics,
+                    "learning_rate": state.optimizer.param_groups[0]["lr"],
+                    "seconds": state.seconds + time.perf_counter() - start,
+                    "images_per_second": number / state.seconds,
+                }
+                is_best = row["dice"] > state.best
+                state.history.append(row)
+                state.best = max(state.best, row["dice"])
+                state.images, state.losses, state.seconds = 0, {}, 0.0
+                utils.save_metrics(state.history, Path(s.saved_images_dir, "metrics.csv"))
+                save(s, header, state, writer, is_best)
+                print(
+                    "{epoch:5}  {train_loss:10.4f}  {val_loss:8.4f}  {pixel_accuracy:14.4f}  {dice:6.4f}  {iou:6.4f}"
+                    "  {seconds:7.1f}".format(**row)
+                    + "  best" * is_best
+                )
+        except utils.Stopped as stopped:
+            if not state.history and not state.images:
+                print(f"Stopped by {stopped} before the first step: nothing was saved.")
+                raise
+            if state.losses:
+                raise_if_not_finite(state, train_loader)
+            save(s, header, state, writer)
+            writer.wait()
+            print(
+                f"Stopped by {stopped} after {len(state.history)} epochs and {state.images} images of the next, which "
+                f"{s.checkpoint} holds: continue with the same flags and --load-model"
+            )
+            raise
+        writer.wait()
+    best = utils.sibling(Path(s.checkpoint), "_best")
+    state.model.load_state_dict(utils.load_checkpoint(best)["state_dict"])
+    full = utils.full_size_dice(val_loader, state.model, device, precision)
+    print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' own size.")
+    print(f"Look into {s.saved_images_dir}/. The best weights are in {best}, the newest state in {s.checkpoint}.")
 
 
 def main(argv: list[str] | None = None) -> None:

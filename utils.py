@@ -6,7 +6,10 @@ import os
 import re
 import signal
 import sys
+import time
+import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
@@ -30,13 +33,53 @@ from model import UNet
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a user's error ends it with one line and exit status 1, Ctrl-C with 130."""
+    """Calls a script's main; a user's error ends it with one line and exit status 1, a signal with 128 + its number."""
     try:
         main()
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signal)
     except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
         sys.exit("error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: "))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Stopped(Exception):
+    """A signal asked the run to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+_signals: list[int] = []  # that have arrived and wait for stop_if_asked
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Within it Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) wait for stop_if_asked; a second Ctrl-C ends at once."""
+
+    def note(number: int, _: object) -> None:
+        if _signals and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        _signals.append(number)
+        os.write(2, b"\nStopping after this step; Ctrl-C again ends at once.\n")  # print is not safe in a handler
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    handlers = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        _signals.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def stop_if_asked() -> None:
+    """Raises Stopped if a signal is waiting. Called between two batches, where the state is whole."""
+    if _signals:
+        raise Stopped(_signals[0])
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,17 +185,19 @@ def to_device(images: Tensor, masks: Tensor, device: torch.device) -> tuple[Tens
 
 
 class EpochSampler(Sampler):
-    """Yields (epoch, index) for every index, in an order that depends on (seed, epoch) alone. Set `epoch` first."""
+    """Yields (epoch, index) in an order that depends on (seed, epoch) alone. Set `epoch`, and `start` to skip."""
 
     def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
+        self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
 
     def __len__(self) -> int:
-        return self.length
+        return self.length - self.start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        return ((self.epoch, index) for index in order.tolist())
+        return ((self.epoch, index) for index in self.order()[self.start :])
+
+    def order(self) -> list[int]:
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
 
 
 def get_loaders(
@@ -182,7 +227,7 @@ def get_loaders(
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": _ignore_ctrl_c,
+        "worker_init_fn": _ignore_signals,
     }
     train_loader = DataLoader(train_set, batch_size, sampler=EpochSampler(len(train_set), seed), **options)
     return train_loader, DataLoader(val_set, batch_size, **options)
@@ -216,9 +261,11 @@ def report(train: CarvanaDataset, val: CarvanaDataset) -> str:
     return "\n".join(lines)
 
 
-def _ignore_ctrl_c(_: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main one decides what happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C, and often SIGTERM, reach every process of a run; the main one decides what happens."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,33 +273,103 @@ def _ignore_ctrl_c(_: int) -> None:
 
 
 @contextmanager
-def saving(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` in the end; raises UserError where that cannot be written."""
+def saving(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """written_whole that raises UserError where `path` cannot be written."""
     try:
-        with written_whole(path) as temporary:
+        with written_whole(path, previous) as temporary:
             yield temporary
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} could not be written ({reason}): make room, close what holds it, continue") from error
 
 
-def save_checkpoint(state: dict, path: Path) -> None:
-    """Writes a checkpoint, which appears when it is complete. Raises UserError where it cannot be written."""
-    with saving(path) as temporary:
+def sibling(path: Path, tag: str) -> Path:
+    """A file that belongs to a checkpoint: my_checkpoint.pth.tar, "_best" -> my_checkpoint_best.pth.tar"""
+    stem, dot, suffixes = path.name.partition(".")
+    return path.with_name(f"{stem}{tag}{dot}{suffixes}")
+
+
+def set_aside(path: Path) -> None:
+    """Renames the checkpoints of an earlier run, so that a new one does not overwrite them, and prints a line."""
+    if not any(sibling(path, tag).exists() for tag in ("", ".prev", "_best")):
+        return
+    number = 1
+    while any(sibling(path, f"_{number}{tag}").exists() for tag in ("", "_best")):
+        number += 1
+    kept = sibling(path, f"_{number}")
+    for tag in (".prev", "", "_best"):  # the one before the newest becomes the newest if that is missing
+        if sibling(path, tag).exists():
+            sibling(path, tag).replace(sibling(kept, tag.removeprefix(".prev")))
+    print(f"{path} of an earlier run is now {kept} (LOAD_MODEL = True would have continued it).")
+
+
+def save_checkpoint(state: dict, path: Path, previous: Path | None = None) -> None:
+    """Writes a checkpoint, which appears when it is complete; the one before is kept as `previous` if that is given.
+
+    Raises UserError where it cannot be written.
+    """
+    with saving(path, previous) as temporary:
         torch.save(state, temporary)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread: training waits only until their tensors are copied to the host's memory."""
+
+    def __enter__(self) -> "CheckpointWriter":
+        self.thread, self.pending, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown()
+
+    def save(self, files: list[tuple[dict, Path, Path | None]]) -> None:
+        """Has save_checkpoint called with each of these, in order."""
+        self.wait()
+        self.pending = self.thread.submit(lambda copies: [save_checkpoint(*copy) for copy in copies], _copy(files, {}))
+        self.saved_at = time.monotonic()
+
+    def seconds_since_save(self) -> float:
+        return time.monotonic() - self.saved_at
+
+    def wait(self) -> None:
+        """Until everything is written. Raises UserError where that failed."""
+        if self.pending:
+            self.pending.result()
+
+
+def _copy(value: object, copies: dict[int, Tensor]) -> object:
+    """A copy whose tensors are in the host's memory; one that occurs twice is copied once."""
+    if isinstance(value, Tensor):
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().to("cpu", copy=True)
+        return copies[id(value)]
+    if isinstance(value, dict):
+        return {key: _copy(item, copies) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(item, copies) for item in value)
+    return value
 
 
 def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint of train.py onto the CPU: {"state_dict", "model", "preprocessing", "epoch", "history", ...}.
 
-    UNet(**checkpoint["model"]) takes its state_dict. Raises UserError if there is no file, or something else in it.
+    UNet(**checkpoint["model"]) takes its state_dict. A file that is damaged, or missing because the run was killed
+    while it was written, is replaced by the one before it, and a line says so. Raises UserError if there is neither, or
+    something else in it.
     """
+    damage = _damage(path)
+    previous = sibling(path, ".prev")
+    if damage and _damage(previous) is None:
+        print(f"{path} {damage}: {previous.name}, the checkpoint before it, takes its place.")
+        if path.exists():
+            path.replace(sibling(path, ".damaged"))
+        previous.replace(path)
+    elif damage:
+        raise UserError(f"{path} {damage}: choose another, or train first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: train first, or correct the path") from error
-    except Exception as error:  # torch.load raises many kinds on files of other kinds
-        raise UserError(f"{path} is not a checkpoint that can be read: choose another") from error
+    except Exception as error:  # torch.load raises many kinds; a pickle that would run code is one of them
+        raise UserError(f"{path} could run code, which no checkpoint of train.py does: use another") from error
     try:
         with torch.device("meta"):
             wanted = UNet(**checkpoint["model"]).state_dict()
@@ -263,8 +380,19 @@ def load_checkpoint(path: Path) -> dict:
     except (KeyError, TypeError, AttributeError, RuntimeError):
         fits = False
     if not fits:
-        raise UserError(f"{path} is not from this train.py: choose another")
+        raise UserError(f"{path} is not from this train.py: choose another, or train again")
     return checkpoint
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the zip file that torch.save has written: torch.load does not look at its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "is damaged" if archive.testzip() else None
+    except FileNotFoundError:
+        return "does not exist"
+    except Exception:  # zipfile raises many kinds on damaged files
+        return "is damaged or no checkpoint"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,6 +500,7 @@ def check_accuracy(
     losses, counts = [], []  # stay on the device until the end, so that nothing waits for it in between
     with tqdm(total=len(loader.dataset), desc="validating", unit="img", leave=False, disable=None) as bar:
         for number, (images, masks) in enumerate(loader):
+            stop_if_asked()
             images, masks = to_device(images, masks, device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 logits = model(images)

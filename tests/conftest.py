@@ -1,10 +1,15 @@
+import csv
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
+import utils
 from sample_data import draw_dataset
+
+torch.set_num_threads(1)  # tiny networks: several threads would only wait for one another
 
 SMALL = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", "0"]
 
@@ -29,3 +34,17 @@ def project(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def run_train():
     """Runs train.py with a tiny network at a tiny size."""
     return lambda *flags: train.main([*SMALL, *flags])
+
+
+def rows() -> list[dict[str, str]]:
+    """metrics.csv of the run in the working directory."""
+    with Path("saved_images/metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path: str = "my_checkpoint.pth.tar") -> dict[str, torch.Tensor]:
+    return utils.load_checkpoint(Path(path))["state_dict"]
+
+
+def same(some: dict, others: dict) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)

@@ -1,16 +1,10 @@
-import csv
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import rows, same, weights
 from PIL import Image
 
 import sample_data
@@ -20,19 +14,6 @@ from dataset import read_mask
 from model import UNet
 
 ROOT = Path(train.__file__).parent
-
-
-def rows() -> list[dict[str, str]]:
-    with Path("saved_images/metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def weights(path: str = "my_checkpoint.pth.tar") -> dict[str, torch.Tensor]:
-    return utils.load_checkpoint(Path(path))["state_dict"]
-
-
-def same(some: dict, others: dict) -> bool:
-    return all(torch.equal(some[name], others[name]) for name in some)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,74 +90,6 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     assert 0 < rates[0] < 0.1 and max(rates) == pytest.approx(2.0) and rates[-1] == pytest.approx(0)
     assert np.abs(np.diff(rates)).max() < 0.03  # no jumps
     assert int(np.argmax(rates)) == 100
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Continuing
-
-
-def test_a_continued_run_gives_the_weights_of_an_undisturbed_one(project, run_train, monkeypatch, capsys):
-    run_train("--num-epochs", "3")
-    undisturbed, metrics = weights(), rows()
-
-    check_accuracy, calls = utils.check_accuracy, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return check_accuracy(*args)
-
-    monkeypatch.setattr(utils, "check_accuracy", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_train("--num-epochs", "3")
-    assert "my_checkpoint.pth.tar is good, with 1 epochs" in capsys.readouterr().out
-    assert len(rows()) == 1
-    run_train("--num-epochs", "3", "--load-model")
-    assert same(undisturbed, weights())
-    timed = ("seconds", "images_per_second")
-    assert [{k: v for k, v in row.items() if k not in timed} for row in rows()] == [
-        {k: v for k, v in row.items() if k not in timed} for row in metrics
-    ]
-
-
-def test_continuing_may_change_precision_and_weight_decay(project, run_train):
-    run_train("--num-epochs", "1", "--precision", "fp32")
-    run_train("--num-epochs", "2", "--load-model", "--precision", "bf16", "--weight-decay", "0.5")
-    checkpoint = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))
-    assert checkpoint["epoch"] == 2
-    assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.5]
-
-
-def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pth.tar"
-    utils.save_checkpoint({"epoch": 1}, path)
-
-    def half(state, target):
-        Path(target).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(utils.UserError, match="No space left"):
-        utils.save_checkpoint({"epoch": 2}, path)
-    assert torch.load(path) == {"epoch": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pth.tar"]
-
-
-def test_ctrl_c_ends_cleanly_and_names_the_good_checkpoint(project):
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--num-epochs", "500", "--num-workers", "1"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not Path("my_checkpoint.pth.tar").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in out + err
-    assert "my_checkpoint.pth.tar is good" in out
-    assert utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["epoch"] == int(re.search(r"with (\d+) epoch", out)[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,369 @@
+"""Stop it anywhere, kill it anywhere: a run that is continued ends with the weights of one that was never disturbed."""
+
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, rows, same, weights
+
+import train
+import utils
+
+ROOT = Path(train.__file__).parent
+ROUNDS = int(os.environ.get("KILL_ROUNDS", 2))  # 20 for a thorough look
+CHECKPOINT, PREVIOUS = Path("my_checkpoint.pth.tar"), Path("my_checkpoint.prev.pth.tar")
+
+
+def start(*flags: str, **options) -> subprocess.Popen:
+    """A training process in the working directory, of a group of its own as if a terminal had started it."""
+    command = [sys.executable, "-u", ROOT / "train.py", *SMALL, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
+        **options,
+    )  # fmt: skip
+
+
+def wait_for(text: str, stream) -> str:
+    """Reads lines until one has the text, and returns them."""
+    lines = ""
+    while text not in lines and (line := stream.readline()):
+        lines += line
+    assert text in lines, lines
+    return lines
+
+
+def scores() -> list[dict[str, str]]:
+    """metrics.csv apart from times."""
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(("precision", "workers"), [("bf16", "0"), ("fp32", "2")])
+def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project, precision, workers, kill):
+    flags = ["--precision", precision, "--num-workers", workers, "--checkpoint-minutes", "0", "--num-epochs", "3"]
+    whole = start(*flags)
+    wait_for("epoch", whole.stdout)
+    begun = time.monotonic()
+    assert whole.wait(120) == 0
+    seconds = time.monotonic() - begun
+    wanted, wanted_scores = weights(), scores()
+
+    kills = 0
+    for number in range(ROUNDS):
+        moments = random.Random(number)
+        for path in (CHECKPOINT, PREVIOUS):
+            path.unlink(missing_ok=True)
+        ended = False
+        while not ended:
+            has_begun = CHECKPOINT.exists() or PREVIOUS.exists()
+            process = start(*flags, *["--load-model"] * has_begun)
+            wait_for("epoch", process.stdout)  # the table's head: from here on it trains
+            try:
+                ended = process.wait(moments.uniform(0, seconds)) == 0
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, kill)
+                ended = process.wait(30) == 0  # the signal came after the last step
+                kills += 1
+            wanted_status = {signal.SIGKILL: -9, signal.SIGTERM: 143}[kill]
+            assert ended or process.returncode == wanted_status, process.stderr.read()
+        assert same(wanted, weights())
+        assert scores() == wanted_scores
+    assert kills >= ROUNDS
+    assert not list(Path().glob("*.tmp"))
+
+
+def test_when_torchrun_starts_it_again_it_goes_on_by_itself(project):
+    run = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=1", ROOT / "train.py", *SMALL]
+    flags = ["--num-epochs", "40", "--checkpoint-minutes", "0"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([*run, *flags], env=os.environ | {"PYTHONUNBUFFERED": "1"}, **options) as process:
+        wait_for("  best", process.stdout)
+        worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+        os.kill(int(worker), signal.SIGKILL)
+        out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, out
+    assert "Continuing after" in out
+    assert len(rows()) == 40 and out.count("epoch  train_loss") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopped
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_saves_and_says_how_to_continue(project, number, status):
+    process = start("--num-epochs", "500", "--num-workers", "1")
+    wait_for("  best", process.stdout)
+    os.killpg(process.pid, number)  # as a terminal or Slurm does: to the workers too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "Traceback" not in out + err
+    epochs, images = re.search(
+        r"after (\d+) epochs and (\d+) images of the next, which my_checkpoint.pth.tar holds: continue", out
+    ).groups()
+    checkpoint = utils.load_checkpoint(CHECKPOINT)
+    assert (checkpoint["epoch"], checkpoint["images"]) == (int(epochs), int(images))
+
+
+def test_a_second_ctrl_c_ends_at_once(project):
+    slow = ["--image-height", "160", "--image-width", "240", "--features", "16", "32", "--batch-size", "64"]
+    process = start(*slow, "--num-epochs", "500")
+    wait_for("epoch", process.stdout)
+    os.kill(process.pid, signal.SIGINT)
+    wait_for("Ctrl-C again ends at once", process.stderr)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT
+    assert not CHECKPOINT.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Continued
+
+
+def stop_after(steps: int, run_train, monkeypatch, *flags: str) -> None:
+    """Trains until SIGTERM comes in the step of that number, counted from 1; 16 steps are an epoch."""
+    train_step, done = train.train_step, []
+
+    def step(*args):
+        done.append(1)
+        if len(done) == steps:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", step)
+        with pytest.raises(utils.Stopped):
+            run_train(*flags)
+    assert len(done) == steps
+
+
+def test_it_goes_on_at_the_next_batch_for_any_number_of_workers(project, run_train, monkeypatch):
+    run_train("--num-epochs", "2")
+    wanted, wanted_scores = weights(), scores()
+    stop_after(21, run_train, monkeypatch, "--num-epochs", "2")
+    assert utils.load_checkpoint(CHECKPOINT)["images"] == 5 * 4
+    run_train("--num-epochs", "2", "--load-model", "--num-workers", "2")
+    assert same(wanted, weights()) and scores() == wanted_scores
+
+
+def test_validation_that_was_cut_off_is_repeated(project, run_train, monkeypatch):
+    run_train("--num-epochs", "2")
+    wanted, wanted_scores = weights(), scores()
+    stop_after(16, run_train, monkeypatch, "--num-epochs", "2")
+    assert utils.load_checkpoint(CHECKPOINT)["images"] == 64
+    assert not Path("my_checkpoint_best.pth.tar").exists() or len(rows()) == 2
+    run_train("--num-epochs", "2", "--load-model")
+    assert same(wanted, weights()) and scores() == wanted_scores
+
+
+def test_another_batch_size_goes_on_at_the_same_image(project, run_train, monkeypatch, capsys):
+    stop_after(3, run_train, monkeypatch, "--num-epochs", "1")
+    batches, train_step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: batches.append(len(args[1])) or train_step(*args))
+    run_train("--num-epochs", "1", "--load-model", "--batch-size", "8")
+    assert batches == [8, 8, 8, 8, 8, 8, 4]
+    assert "BATCH_SIZE was 4 and is 8 from here on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(["--image-height", "48", "--mean", "0", "0", "0"], r"IMAGE_HEIGHT = 32, MEAN = \(0.485"),
+     (["--features", "8", "32"], r"FEATURES = \(8, 16\)")],
+)  # fmt: skip
+def test_what_cannot_change_is_refused_and_named(project, run_train, flags, named):
+    run_train("--num-epochs", "1")
+    before = CHECKPOINT.read_bytes()
+    with pytest.raises(utils.UserError, match=named):
+        run_train("--num-epochs", "2", "--load-model", *flags)
+    assert CHECKPOINT.read_bytes() == before
+
+
+def test_continuing_takes_todays_epochs_learning_rate_weight_decay_and_precision(project, run_train, capsys):
+    run_train("--num-epochs", "1", "--precision", "fp32")
+    flags = ["--precision", "bf16", "--weight-decay", "0.5", "--learning-rate", "5e-4"]
+    run_train("--num-epochs", "2", "--load-model", *flags)
+    out = capsys.readouterr().out
+    for line in ("NUM_EPOCHS was 1 and is 2", "LEARNING_RATE was 0.001 and is 0.0005", "WEIGHT_DECAY was 0.01"):
+        assert line in out
+    checkpoint = utils.load_checkpoint(CHECKPOINT)
+    assert checkpoint["epoch"] == 2
+    assert {group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]} <= {0.0, 0.5}
+    assert 0 < float(rows()[1]["learning_rate"]) < 5e-4
+
+
+def test_other_training_photos_begin_the_epoch_anew_and_other_validation_photos_the_best(
+    project, run_train, monkeypatch, capsys
+):
+    stop_after(20, run_train, monkeypatch, "--num-epochs", "2")
+    best = rows()[0]["dice"]
+    for folder in ("train", "val"):
+        photo = sorted(Path(f"data/{folder}_images").iterdir())[0]
+        photo.unlink()
+        Path(f"data/{folder}_masks/{photo.stem}_mask.gif").unlink()
+    monkeypatch.setattr(utils, "dice_scores", lambda tp, fp, fn: torch.zeros_like(tp))
+    run_train("--num-epochs", "2", "--load-model")
+    out = capsys.readouterr().out
+    assert "the epoch that was cut off begins anew" in out and "scores before and after do not compare" in out
+    assert float(best) >= 0 and out.splitlines()[-2].endswith("best")  # although its Dice is 0
+
+
+def test_a_finished_run_says_what_to_raise(project, run_train):
+    run_train("--num-epochs", "1")
+    with pytest.raises(utils.UserError, match="NUM_EPOCHS to more"):
+        run_train("--num-epochs", "1", "--load-model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_a_new_run_renames_the_checkpoints_of_the_one_before(project, run_train, capsys):
+    run_train("--num-epochs", "1")
+    first, best = CHECKPOINT.read_bytes(), Path("my_checkpoint_best.pth.tar").read_bytes()
+    run_train("--num-epochs", "2", "--seed", "1")
+    assert "my_checkpoint.pth.tar of an earlier run is now my_checkpoint_1.pth.tar" in capsys.readouterr().out
+    run_train("--num-epochs", "1", "--seed", "2")
+    assert Path("my_checkpoint_1.pth.tar").read_bytes() == first
+    assert Path("my_checkpoint_1_best.pth.tar").read_bytes() == best
+    assert utils.load_checkpoint(Path("my_checkpoint_2.pth.tar"))["epoch"] == 2
+    run_train("--num-epochs", "2", "--load-model", "--checkpoint", "my_checkpoint_1.pth.tar")
+
+
+def test_the_one_before_is_kept_and_takes_the_place_of_one_that_is_missing(project, run_train, capsys):
+    run_train("--num-epochs", "2")
+    assert utils.load_checkpoint(PREVIOUS)["epoch"] == 1
+    CHECKPOINT.unlink()
+    assert utils.load_checkpoint(CHECKPOINT)["epoch"] == 1
+    assert "my_checkpoint.pth.tar does not exist: my_checkpoint.prev.pth.tar" in capsys.readouterr().out
+    assert not PREVIOUS.exists()
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory) -> tuple[bytes, bytes, dict]:
+    """The bytes of a checkpoint and of the one before it, and what the first holds."""
+    path = tmp_path_factory.mktemp("checkpoint") / CHECKPOINT
+    model = train.UNet(3, 1, (4, 8))
+    state = {
+        "state_dict": model.state_dict(),
+        "model": {"in_channels": 3, "out_channels": 1, "features": [4, 8]},
+        "preprocessing": {"height": 32, "width": 48, "mean": train.MEAN, "std": train.STD},
+    }
+    for epoch in (1, 2):
+        utils.save_checkpoint(state | {"epoch": epoch}, path, utils.sibling(path, ".prev"))
+    return path.read_bytes(), utils.sibling(path, ".prev").read_bytes(), state
+
+
+def damaged_files(whole: bytes) -> list[bytes]:
+    chance = random.Random(0)
+    files = [whole[: chance.randrange(len(whole))] for _ in range(50)]
+    for _ in range(50):
+        flipped = bytearray(whole)
+        flipped[chance.randrange(len(whole))] ^= chance.randrange(1, 256)
+        files.append(bytes(flipped))
+    return files
+
+
+def test_damage_is_never_a_traceback_nor_silently_other_weights(two_checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole, _, state = two_checkpoints
+    refused = 0
+    for damaged in damaged_files(whole):
+        CHECKPOINT.write_bytes(damaged)
+        try:
+            assert same(utils.load_checkpoint(CHECKPOINT)["state_dict"], state["state_dict"])
+        except utils.UserError as error:
+            assert "my_checkpoint.pth.tar is damaged" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 80  # the other bytes are padding
+
+
+def test_the_one_before_takes_the_place_of_a_damaged_one(two_checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole, previous, _ = two_checkpoints
+    for damaged in damaged_files(whole)[::10]:
+        CHECKPOINT.write_bytes(damaged)
+        PREVIOUS.write_bytes(previous)
+        if utils.load_checkpoint(CHECKPOINT)["epoch"] == 1:
+            assert "my_checkpoint.prev.pth.tar, the checkpoint before it, takes its place" in capsys.readouterr().out
+            assert CHECKPOINT.read_bytes() == previous
+            assert Path("my_checkpoint.damaged.pth.tar").read_bytes() == damaged
+        else:
+            assert PREVIOUS.exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil_ran",)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path, monkeypatch, as_zip, two_checkpoints):
+    monkeypatch.chdir(tmp_path)
+    if as_zip:
+        torch.save({**two_checkpoints[2], "epoch": Evil()}, CHECKPOINT)
+        assert zipfile.is_zipfile(CHECKPOINT)
+    else:
+        CHECKPOINT.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(utils.UserError, match="could run code" if as_zip else "no checkpoint"):
+        utils.load_checkpoint(CHECKPOINT)
+    assert not Path("evil_ran").exists()
+
+
+def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
+    path = tmp_path / CHECKPOINT
+    utils.save_checkpoint({"epoch": 1}, path)
+
+    def half(state, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with utils.CheckpointWriter() as writer, pytest.raises(utils.UserError, match="No space left"):
+        writer.save([({"epoch": 2}, path, utils.sibling(path, ".prev"))])
+        writer.wait()
+    assert torch.load(path) == {"epoch": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == [CHECKPOINT.name]
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_loads(project, run_train):
+    run_train("--num-epochs", "1")
+    before = CHECKPOINT.read_bytes()
+    limit = len(before) // 2  # bytes a file may have: the best weights fit, the newest state does not
+    process = start(
+        "--num-epochs",
+        "2",
+        "--load-model",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"^error: my_checkpoint.pth.tar could not be written \(.*\): make room", err, re.MULTILINE), err
+    assert "Traceback" not in err
+    assert CHECKPOINT.read_bytes() == before and utils.load_checkpoint(CHECKPOINT)["epoch"] == 1
+    assert not list(Path().glob("*.tmp"))
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
+    weight = torch.zeros(1000)
+    with utils.CheckpointWriter() as writer:
+        writer.save([({"weight": weight, "again": [weight]}, tmp_path / "a.pth.tar", None)])
+        weight += 1
+        writer.wait()
+    saved = torch.load(tmp_path / "a.pth.tar")
+    assert not saved["weight"].any()
+    assert saved["again"][0].data_ptr() == saved["weight"].data_ptr()
