@@ -208,7 +208,7 @@ def write_png(path: Path, picture: Image.Image) -> None:
         raise UserError(f"{path} is not of predict.py's making: move it away, or choose another --output-dir")
     text = PngImagePlugin.PngInfo()
     text.add_text("Software", SOFTWARE)
-    with utils.saving(path) as temporary:  # run lengths only: a mask takes 11 ms instead of 19, a cut-out 120 of 170
+    with utils.saving(path) as temporary:  # 3 is run lengths: 14 ms a mask instead of 23, 160 a cut-out of 370
         picture.save(temporary, "PNG", compress_type=3, pnginfo=text)
 
 
