@@ -3,12 +3,14 @@
 python benchmark.py loader    # photos/s from files to batches, against the classic pipeline
 python benchmark.py train     # images/s of the training step and its memory, against the classic step
 python benchmark.py recipe    # Dice after NUM_EPOCHS, and seconds until the classic recipe's Dice, against that recipe
+python benchmark.py predict   # photos/s from photos to masks at 1918 x 1280, against the plain way
 
---json FILE writes the figures to a file, too. train and recipe take train.py's flags: --batch-size 16 --device cuda
+--json FILE writes the figures to a file, too. train.py's flags are taken as well: --batch-size 16 --device cuda
 """
 
 import csv
 import importlib.util
+import io
 import json
 import os
 import statistics
@@ -16,9 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
+import predict
 import train
 import utils
 from dataset import CarvanaDataset, find_pairs, written_whole
@@ -46,6 +50,19 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def in_process(work: Callable, *args: object) -> object:
+    """What work returns in a process of its own, whose memory and switches are nobody else's."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def peak_memory() -> float:
+    """MB that this process has had at most."""
+    import resource  # which Windows does not have
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,8 +151,8 @@ def monai_network() -> nn.Module:
 PEERS = {"segmentation_models_pytorch": smp_network, "monai": monai_network}  # measured where they are installed
 
 
-def measure_step(name: str, s: SimpleNamespace, pipe: Connection) -> None:
-    """In a process of its own: sends seconds a step, GFLOP a step, peak memory in MB and the product's GFLOP/s."""
+def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, float]:
+    """Seconds a step, GFLOP a step, peak memory in MB, and the GFLOP/s of a product of two matrices."""
     device = utils.choose_device(s.device)
     precision = utils.choose_precision(s.precision, device)
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else int
@@ -164,12 +181,7 @@ def measure_step(name: str, s: SimpleNamespace, pipe: Connection) -> None:
     steps(2)  # to warm up
     number = 3 if device.type == "cpu" else 30
     step_seconds = seconds(lambda: steps(number)) / number
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 1e6
-    else:
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    memory = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory()
 
     size = 2048 if device.type == "cpu" else 8192
     some, other = (torch.randn(size, size, device=device, dtype=precision) for _ in range(2))
@@ -181,7 +193,7 @@ def measure_step(name: str, s: SimpleNamespace, pipe: Connection) -> None:
 
     products()
     peak = 10 * 2 * size**3 / 1e9 / min(seconds(products) for _ in range(5))
-    pipe.send((step_seconds, counter.get_total_flops() / 1e9, memory, peak))
+    return step_seconds, counter.get_total_flops() / 1e9, memory, peak
 
 
 def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
@@ -195,12 +207,7 @@ def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
     found = {name: [] for name in contenders}
     for _ in range(3):
         for name in contenders:
-            receiver, sender = get_context("spawn").Pipe()
-            process = get_context("spawn").Process(target=measure_step, args=(name, s, sender))
-            process.start()
-            sender.close()
-            found[name].append(receiver.recv())
-            process.join()
+            found[name].append(in_process(measure_step, name, s))
     figures = {}
     for name, rows in found.items():
         step_seconds, gflop, memory, peak = np.median(rows, axis=0).tolist()
@@ -266,8 +273,8 @@ def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
     classic, ours = [], []
     for seed in range(3):
         s.seed = seed
-        classic.append(classic_run(s))
-        ours.append(our_run(s))
+        classic.append(in_process(classic_run, s))
+        ours.append(in_process(our_run, s))
     classic_dice, our_dice = (statistics.mean(run[-1][1] for run in runs) for runs in (classic, ours))
     classic_seconds = statistics.mean(run[-1][0] for run in classic)
     reached = [next((now for now, dice in run if dice >= classic_dice), float("inf")) for run in ours]
@@ -283,7 +290,75 @@ def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
     }
 
 
-BENCHMARKS = {"loader": benchmark_loader, "train": benchmark_train, "recipe": benchmark_recipe}
+# ---------------------------------------------------------------------------------------------------------------------
+# predict: from photos to masks
+
+
+def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path) -> None:
+    """The plain way: one photo at a time, fp32, decoded in full, nearest neighbour, PNG as Pillow writes it."""
+    state = utils.load_checkpoint(checkpoint)
+    model = UNet(**state["model"]).eval()
+    model.load_state_dict(state["state_dict"])
+    settings = state["preprocessing"]
+    transform = A.Compose(
+        [A.Resize(settings["height"], settings["width"]), A.Normalize(settings["mean"], settings["std"]), ToTensorV2()]
+    )
+    for photo in photos:
+        image = np.array(Image.open(photo).convert("RGB"))
+        with torch.no_grad():
+            prediction = torch.sigmoid(model(transform(image=image)["image"][None]))[0, 0] > 0.5
+        mask = Image.fromarray(prediction.numpy().astype(np.uint8) * 255)
+        mask.resize(image.shape[1::-1], Image.Resampling.NEAREST).save(output_dir / f"{photo.stem}_mask.png")
+
+
+def measure_prediction(is_plain: bool, checkpoint: Path, photos: list[Path], output_dir: Path) -> tuple[float, float]:
+    """Seconds, from the checkpoint to the last mask, and this process's peak of memory in MB."""
+
+    def work(photos: list[Path]) -> None:
+        if is_plain:
+            predict_plainly(checkpoint, photos, output_dir)
+        else:
+            with redirect_stdout(io.StringIO()):
+                predict.main([*map(str, photos), "--checkpoint", str(checkpoint), "--output-dir", str(output_dir)])
+
+    work(photos[:1])
+    return seconds(lambda: work(photos)), peak_memory()
+
+
+def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
+    """Photos per second and the peak of memory, from 1918 x 1280 JPEGs to masks, with the default network."""
+    network = {"in_channels": 3, "out_channels": 1, "features": list(settings.features)}
+    preprocessing = {"height": settings.image_height, "width": settings.image_width}
+    preprocessing |= {"mean": settings.mean, "std": settings.std}
+    measured = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder, "network.pth.tar")
+        state = {"model": network, "preprocessing": preprocessing, "state_dict": UNet(**network).state_dict()}
+        utils.save_checkpoint(state, checkpoint)
+        draw_dataset(Path(folder, "data"), train_cars=1, val_cars=1)
+        photos = sorted(Path(folder, "data").glob("*_images/*.jpg"))
+        for number in range(3):
+            for is_plain in measured:
+                output_dir = Path(folder, f"{number}_{is_plain}")
+                output_dir.mkdir()
+                work = measure_prediction, is_plain, checkpoint, photos, output_dir
+                measured[is_plain].append(in_process(*work))
+    (plain, plain_memory), (ours, our_memory) = (np.median(values, axis=0) for values in measured.values())
+    return {
+        "plain_photos_per_second": len(photos) / plain,
+        "photos_per_second": len(photos) / ours,
+        "ratio": plain / ours,
+        "plain_memory_mb": plain_memory,
+        "memory_mb": our_memory,
+    }
+
+
+BENCHMARKS = {
+    "loader": benchmark_loader,
+    "train": benchmark_train,
+    "recipe": benchmark_recipe,
+    "predict": benchmark_predict,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

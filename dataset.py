@@ -8,7 +8,7 @@ import re
 import shutil
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import reduce
@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 cv2.setNumThreads(0)  # albumentations works on small samples in parallel workers: OpenCV's own threads would compete
+Image.MAX_IMAGE_PIXELS = 300_000_000  # Pillow warns above, and refuses twice that; a telephone's photo may have 200
 Image.core.set_blocks_max(16)  # Pillow keeps memory that it would give back: decoding in full takes half the time
 
 SUFFIXES = (".gif", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # the order in which masks are sought
@@ -65,22 +66,29 @@ def find_pairs(image_dir: Path, mask_dir: Path) -> list[tuple[Path, Path]]:
     them. Files with other endings and hidden files are left alone. Raises UserError for a folder that is missing or
     empty, two images of one stem, and an image or a mask without its partner.
     """
-    images, masks = _list_by_stem(image_dir), _list_by_stem(mask_dir)
+    images = _list_by_stem(image_dir)
+    masks, unused = find_masks(images, mask_dir)
     if image_dir.resolve() == mask_dir.resolve():
         raise UserError(f"{image_dir} is given for both images and masks: put the masks into a folder of their own")
-    pairs, unused = [], {mask for found in masks.values() for mask in found}
     for stem, found in sorted(images.items()):
         if len(found) > 1:
             raise UserError(f"{found[0]} and {found[1].name} have one stem: rename one of them and its mask")
-        candidates = masks.get(f"{stem}_mask", []) + masks.get(stem, [])
-        if not candidates:
+        if stem not in masks:
             raise UserError(f"{found[0]} has no mask: add {mask_dir / stem}_mask.gif (or .png), or remove the image")
-        pairs.append((found[0], candidates[0]))
-        unused.difference_update(candidates)
     if unused:
-        mask = min(unused)
-        raise UserError(f"{mask} has no image in {image_dir}: add the image, or remove the mask")
-    return pairs
+        raise UserError(f"{unused[0]} has no image in {image_dir}: add the image, or remove the mask")
+    return [(found[0], masks[stem]) for stem, found in sorted(images.items())]
+
+
+def find_masks(stems: Iterable[str], mask_dir: Path) -> tuple[dict[str, Path], list[Path]]:
+    """The mask of each image stem that has one, by find_pairs' rule, and the masks that are of no stem, sorted."""
+    masks = _list_by_stem(mask_dir)
+    found, unused = {}, {mask for candidates in masks.values() for mask in candidates}
+    for stem in stems:
+        if candidates := masks.get(f"{stem}_mask", []) + masks.get(stem, []):
+            found[stem] = candidates[0]
+            unused.difference_update(candidates)
+    return found, sorted(unused)
 
 
 def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
@@ -94,7 +102,7 @@ def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in (Path(folder, name) for name in names):
         if path.suffix.lower() in SUFFIXES:
-            found.setdefault(unicodedata.normalize("NFC", path.stem), []).append(path)  # macOS writes names as NFD
+            found.setdefault(stem_of(path), []).append(path)
     if not found:
         raise UserError(f"{folder} has no photos or masks ({', '.join(SUFFIXES)}): add them, or correct the setting")
     for paths in found.values():
@@ -102,15 +110,20 @@ def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
+def stem_of(path: Path) -> str:
+    """The name without its ending, in NFC: macOS writes names as NFD."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
     """An image opened with Pillow. Pillow raises many kinds of errors on broken files: each becomes a UserError."""
     try:
         with Image.open(path) as image:
             yield image
     except Exception as error:
         reason = str(error).removesuffix(f": {str(path)!r}")
-        raise UserError(f"{path} is no readable image ({reason}): replace it, or remove it and its partner") from error
+        raise UserError(f"{path} is no readable image ({reason}): replace or remove it") from error
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -129,7 +142,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 def _decode_image(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     """The image of read_image, and its own (height, width)."""
-    with _opened(path) as image:
+    with opened(path) as image:
         own_size = _upright_size(image)
         if size:
             for scale in (8, 4, 2):
@@ -139,7 +152,9 @@ def _decode_image(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray,
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        return np.array(_resize(image.convert("RGB"), size)), own_size
+        if image.mode != "RGB":  # converting would copy it
+            image = image.convert("RGB")
+        return np.array(resize(image, size)), own_size
 
 
 def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -155,7 +170,7 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 def _decode_mask(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     """The mask of read_mask, and its own (height, width)."""
-    with _opened(path) as image:
+    with opened(path) as image:
         own_size, is_lossy = _upright_size(image), image.format in ("JPEG", "MPO", "WEBP")
         ImageOps.exif_transpose(image, in_place=True)
         if image.has_transparency_data:
@@ -170,7 +185,7 @@ def _decode_mask(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, 
         else:
             pixels = np.asarray(image if image.mode[0] in "1IF" else image.convert("RGB"))
             image = Image.fromarray(255 * _foreground(pixels.reshape(image.height, image.width, -1), is_lossy))
-        return (np.asarray(_resize(image, size)) > 127).astype(np.uint8), own_size
+        return (np.asarray(resize(image, size)) > 127).astype(np.uint8), own_size
 
 
 def _foreground(pixels: np.ndarray, is_lossy: bool) -> np.ndarray:
@@ -188,7 +203,7 @@ def _foreground(pixels: np.ndarray, is_lossy: bool) -> np.ndarray:
     return (value > threshold).astype(np.uint8)
 
 
-def _resize(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+def resize(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """To (height, width): the mean over each new pixel's area, or linear interpolation where it is enlarged."""
     if size is None or image.size == size[::-1]:
         return image

@@ -47,8 +47,8 @@ FEATURES = (64, 128, 256, 512)  # channels of each stage; (16, 32, 64, 128) is 1
 # The recipe.
 NUM_EPOCHS = 3  # in total; more for few photos, or when Dice still rises at the end
 BATCH_SIZE = 4  # images in a step; smaller if memory runs out
-LEARNING_RATE = 0.05  # at its peak, after a warm-up; smaller if the loss jumps
-WEIGHT_DECAY = 1e-2  # AdamW's; larger against overfitting
+LEARNING_RATE = 0.05  # Muon's, at its peak after a warm-up; smaller if the loss jumps
+WEIGHT_DECAY = 0.01  # kernels shrink by LEARNING_RATE times this in a step; larger against overfitting
 ACCUMULATION = 1  # parts in which a step's images are computed, one after the other: each needs less memory
 CLIP_NORM = 0.0  # longer gradients are cut to this norm; 0 cuts none. 1 helps when the loss jumps
 SEED = 0  # of weights, order and augmentation
@@ -91,7 +91,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("IMAGE_WIDTH", whole, lambda v: v >= max(16, 2 ** len(s.features)), "a whole number, at least 16"),
         ("NUM_EPOCHS", whole, lambda v: v >= 1, "a whole number, at least 1"),
         ("BATCH_SIZE", whole, lambda v: v >= 1, "a whole number, at least 1"),
-        ("LEARNING_RATE", number, lambda v: 0 < v < math.inf, "a number above 0, such as 1e-3"),
+        ("LEARNING_RATE", number, lambda v: 0 < v < math.inf, "a number above 0, such as 0.05"),
         ("WEIGHT_DECAY", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("MEAN", tuple, lambda v: len(v) == 3 and all(math.isfinite(c) for c in v), "three numbers"),
         ("STD", tuple, lambda v: len(v) == 3 and all(0 < c < math.inf for c in v), "three numbers above 0"),
@@ -221,7 +221,7 @@ def train_epoch(
                     break
             bar.update(len(images))
             save_if_due()
-        if state.scaler.is_enabled() and (skipped := step + steps_before - steps_taken(state.optimizer)):
+        if state.scaler.is_enabled() and step and (skipped := step + steps_before - steps_taken(state.optimizer)):
             tqdm.write(f"{skipped} of {step} steps were skipped since a gradient overflowed fp16: a few are normal.")
     raise_if_not_finite(state, loader)
     estimate_statistics(loader, state.model, precision)
@@ -427,6 +427,9 @@ def train(s: SimpleNamespace) -> None:
             raise
         writer.wait()
     best = utils.sibling(Path(s.checkpoint), "_best")
+    state.model.load_state_dict(utils.load_checkpoint(best)["state_dict"])
+    full = utils.full_size_dice(val_loader, state.model, device, precision)
+    print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' own size.")
     print(f"Look into {s.saved_images_dir}/. The best weights are in {best}, the newest state in {s.checkpoint}.")
 
 

@@ -13,10 +13,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from dataset import CarvanaDataset, UserError, car_of, written_whole
+from dataset import CarvanaDataset, UserError, car_of, read_image, read_mask, written_whole
 from model import UNet
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,6 +448,73 @@ def iou_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
     return torch.where(tp + fp + fn == 0, 1.0, tp / (tp + fp + fn))
 
 
+def boundary_f1(prediction: np.ndarray, mask: np.ndarray) -> float:
+    """F1 of two masks' boundaries, uint8 (H, W) that are foreground where they are not 0; 1 where both have none.
+
+    Precision is the share of the predicted boundary that lies within 0.75 % of the diagonal (17 pixels of a Carvana
+    photo) of the true one, recall the reverse: Csurka, Larlus, Perronnin and Meylan, "What is a good evaluation measure
+    for semantic segmentation?", BMVC 2013.
+    """
+    tolerance = 0.0075 * np.hypot(*mask.shape)
+    masks = ((pixels > 0).astype(np.uint8) for pixels in (prediction, mask))
+    outlines = [pixels - cv2.erode(pixels, np.ones((3, 3), np.uint8)) for pixels in masks]
+    if not all(outline.any() for outline in outlines):
+        return float(not any(outline.any() for outline in outlines))
+    x, y, width, height = cv2.boundingRect(outlines[0] | outlines[1])
+    predicted, true = (outline[y : y + height, x : x + width] for outline in outlines)
+    near_predicted, near_true = (
+        cv2.distanceTransform(1 - outline, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= tolerance
+        for outline in (predicted, true)
+    )
+    precision, recall = near_true[predicted > 0].mean(), near_predicted[true > 0].mean()
+    return float(2 * precision * recall / max(precision + recall, 1e-9))
+
+
+def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndarray:
+    """Probabilities at a photo's own size, float32 (H, W), whose edges follow the photo's.
+
+    A fast guided filter (He and Sun 2015, https://arxiv.org/abs/1505.00996): over 5 x 5 pixels of the network each, the
+    probabilities are fitted by a linear function of the brightness, which is enlarged, and applied to the photo. The
+    quick start's mean Dice is 0.9665 with it, 0.9612 with logits enlarged linearly, 0.9606 with masks enlarged.
+
+    Args:
+        logits, image: the network's output float32 (h, w), and its input uint8 (h, w, 3).
+        photo: uint8 (H, W, 3).
+    """
+    probabilities = torch.from_numpy(logits).sigmoid().numpy()
+    if image.shape == photo.shape:
+        return probabilities
+    mean = partial(cv2.blur, ksize=(5, 5))
+    brightness = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    variance = mean(brightness**2) - mean(brightness) ** 2
+    covariance = mean(brightness * probabilities) - mean(brightness) * mean(probabilities)
+    slope = covariance / (variance + 50)  # 50 is a standard deviation of 7 of 255: what varies less is no edge
+    offset = mean(probabilities) - slope * mean(brightness)
+
+    enlarged = cv2.resize(mean(slope), photo.shape[1::-1])
+    brightness = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
+    enlarged *= cv2.GaussianBlur(brightness, (5, 5), 0)  # without its grain, which would fray the edges
+    enlarged += cv2.resize(mean(offset), photo.shape[1::-1])
+    return enlarged.clip(0, 1, out=enlarged)  # in place: a large photo has large arrays
+
+
+@torch.inference_mode()
+def full_size_dice(loader: DataLoader, model: nn.Module, device: torch.device, precision: torch.dtype) -> float:
+    """The mean Dice over a loader's pairs at the photos' own size, as predict.py --mask-dir measures it."""
+    model.eval()
+    scores, data = [], loader.dataset
+    for start, (images, masks) in zip(range(0, len(data), loader.batch_size), loader, strict=True):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(to_device(images, masks, device)[0])
+        for index, photo_logits in enumerate(logits[:, 0].float().cpu().numpy(), start):
+            image_path, mask_path = data.pairs[index]
+            prediction = enlarge(photo_logits, data.sample(index)[0], read_image(image_path)) > 0.5
+            truth = read_mask(mask_path) > 0
+            tp, fp, fn, _ = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(truth)[None])
+            scores.append(dice_scores(tp, fp, fn).item())
+    return float(np.mean(scores))
+
+
 @torch.inference_mode()
 def check_accuracy(
     loader: DataLoader, model: nn.Module, device: torch.device, precision: torch.dtype, folder: Path | None = None
@@ -519,7 +588,7 @@ def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, pat
 
 
 def save_metrics(history: list[dict], path: Path) -> None:
-    """Writes metrics.csv: a row for each epoch."""
+    """Writes metrics.csv, a row for each epoch, or scores.csv, a row for each photo."""
     with saving(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()

@@ -1,15 +1,17 @@
 import csv
+import os
 import shutil
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # here and in child processes: tiny networks' threads would only wait for each other
+)
 import pytest
 import torch
 
 import train
 import utils
 from sample_data import draw_dataset
-
-torch.set_num_threads(1)  # tiny networks: several threads would only wait for one another
 
 SMALL = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", "0"]
 

@@ -198,7 +198,11 @@ def test_continuing_takes_todays_epochs_learning_rate_weight_decay_and_precision
     flags = ["--precision", "bf16", "--weight-decay", "0.5", "--learning-rate", "5e-4"]
     run_train("--num-epochs", "2", "--load-model", *flags)
     out = capsys.readouterr().out
-    for line in ("NUM_EPOCHS was 1 and is 2", "LEARNING_RATE was 0.001 and is 0.0005", "WEIGHT_DECAY was 0.01"):
+    for line in (
+        "NUM_EPOCHS was 1 and is 2",
+        "LEARNING_RATE was 0.05 and is 0.0005",
+        "WEIGHT_DECAY was 0.01 and is 0.5",
+    ):
         assert line in out
     checkpoint = utils.load_checkpoint(CHECKPOINT)
     assert checkpoint["epoch"] == 2

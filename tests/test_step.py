@@ -10,6 +10,7 @@ from conftest import SMALL, same, weights
 
 import train
 import utils
+from optimizer import adam_, orthogonalize
 
 CPU = torch.device("cpu")
 
@@ -58,10 +59,37 @@ def test_gradients_are_cut_to_the_norm():
 
 
 def test_only_kernels_decay():
-    state, _ = state_and_settings("--weight-decay", "0.3")
-    decay = {id(weight): group["weight_decay"] for group in state.optimizer.param_groups for weight in group["params"]}
-    for name, weight in state.model.named_parameters():
-        assert decay[id(weight)] == (0.3 if weight.ndim == 4 else 0), name
+    found = []
+    for decay in ("0", "0.3"):
+        state, s = state_and_settings("--weight-decay", decay)
+        train.train_step(state, *batch(), 0.1, torch.float32, s)
+        found.append(dict(state.model.named_parameters()))
+    start = dict(state_and_settings()[0].model.named_parameters())
+    for name, weight in start.items():
+        is_kernel = weight.ndim == 4 and not name.startswith("head")
+        wanted = found[0][name] - 0.1 * 0.3 * weight * is_kernel
+        torch.testing.assert_close(found[1][name], wanted, msg=name)
+
+
+def test_muon_moves_a_kernel_alike_in_all_directions():
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(3, 16, 40, generator=generator) * torch.logspace(0, 2, 16)[:, None]
+    singular = torch.linalg.svdvals(orthogonalize(matrices))
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(orthogonalize(matrices).flatten(1), (left @ right).flatten(1))
+    assert cosine.min() > 0.97
+
+
+def test_the_other_weights_take_the_steps_of_pytorchs_adam():
+    weight, twin = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    adam, state = torch.optim.Adam([twin], lr=0.1), {}
+    for seed in range(5):
+        weight.grad = twin.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            adam_(weight, state, 0.1)
+        adam.step()
+    torch.testing.assert_close(weight, twin)
 
 
 def test_compiling_changes_no_weight(monkeypatch):
@@ -172,5 +200,5 @@ def test_a_network_that_predicts_one_class_is_named(project, run_train, capsys):
     run_train("--num-epochs", "1", "--learning-rate", "1e-9")
     out = capsys.readouterr().out
     assert re.search(r"WARNING: it predicts background for every pixel, and \d+\.\d % of the training masks", out)
-    run_train("--num-epochs", "4", "--learning-rate", "1e-2")
+    run_train("--num-epochs", "4")
     assert "WARNING: it predicts" not in capsys.readouterr().out.splitlines()[-2]

@@ -21,7 +21,7 @@ ROOT = Path(train.__file__).parent
 
 
 def test_a_run_learns_and_leaves_what_is_promised(project, run_train, capsys):
-    run_train("--num-epochs", "4", "--learning-rate", "1e-2")
+    run_train("--num-epochs", "4")
     found = rows()
     header = "epoch,train_loss,val_loss,pixel_accuracy,dice,iou,learning_rate,seconds,images_per_second"
     assert ",".join(found[0]) == header

@@ -1,0 +1,492 @@
+"""From photos to masks: what predict.py writes, scores and submits, and what it does with bad input."""
+
+import csv
+import gzip
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+import dataset
+import predict
+import utils
+from dataset import read_mask
+from model import UNet
+
+PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.fixture
+def photos(project) -> list[Path]:
+    """Eight photos in data/val_images, and a random network that takes half of the first one for foreground."""
+    found = sorted(Path("data/val_images").iterdir())
+    for photo in found[8:]:
+        photo.unlink()
+        Path("data/val_masks", f"{photo.stem}_mask.gif").unlink()
+    torch.manual_seed(0)
+    model = UNet(3, 1, (8, 16))
+    torch.nn.init.normal_(model.head.weight)
+    save_network(model)
+    logits = predict.load_model("my_checkpoint_best.pth.tar")(dataset.read_image(found[0], (32, 48))[None])
+    torch.nn.init.constant_(model.head.bias, -np.median(logits))
+    save_network(model)
+    return found[:8]
+
+
+def save_network(model: UNet) -> None:
+    state = {"model": {"in_channels": 3, "out_channels": 1, "features": list(model.features)}}
+    state |= {"state_dict": model.state_dict(), "preprocessing": PREPROCESSING}
+    utils.save_checkpoint(state, Path("my_checkpoint_best.pth.tar"))
+
+
+def names(folder: str = "predictions") -> set[str]:
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def pixels(name: str) -> np.ndarray:
+    return np.asarray(Image.open(Path("predictions", name)))
+
+
+def run(*args: object) -> None:
+    predict.main([str(arg) for arg in args])
+
+
+def error_of(*args: object) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        utils.run(lambda: run(*args))
+    message = exit_.value.code  # a text: Python prints it and exits with status 1
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def test_every_photo_gets_a_mask_of_its_own_size(photos):
+    Image.open(photos[0]).resize((301, 200)).save(photos[0])
+    run("data/val_images")
+    assert names() == {f"{photo.stem}_mask.png" for photo in photos}
+    with Image.open(f"predictions/{photos[0].stem}_mask.png") as mask:
+        assert mask.size == (301, 200) and mask.mode == "L"
+        assert set(np.unique(np.asarray(mask))) == {0, 255}
+
+
+def test_files_folders_and_patterns_are_photos_each_once(photos):
+    Path("more/below").mkdir(parents=True)
+    for name in ("a.png", "b.jpg", "below/c.png", ".hidden.png"):
+        Image.new("RGB", (60, 40), "red").save(Path("more", name))
+    Path("more/notes.txt").write_text("mine")
+    run(photos[0], "more/*.png", "more/a.png", "more")
+    assert names() == {f"{photos[0].stem}_mask.png", "a_mask.png", "b_mask.png", "c_mask.png"}
+
+
+def test_photos_of_one_stem_do_not_overwrite_one_another(photos):
+    for folder, colour in (("x", "black"), ("y", "white")):
+        Path(folder).mkdir()
+        for name in ("a.png", "a.jpg", "A.png"):
+            Image.new("RGB", (60, 40), colour).save(Path(folder, name))
+    run("x", "y")
+    assert len(names()) == 6
+
+
+def test_the_output_folder_is_no_input(photos):
+    run("data/val_images", "--output-dir", "data/val_images/predictions")
+    run("data/val_images", "--output-dir", "data/val_images", "--overlay")
+    first = names("data/val_images/predictions")
+    run("data/val_images", "--output-dir", "data/val_images/predictions")
+    assert names("data/val_images/predictions") == first == {f"{photo.stem}_mask.png" for photo in photos}
+
+
+def test_files_of_the_user_are_never_overwritten(photos):
+    mine = Path("predictions", f"{photos[0].stem}_mask.png")
+    mine.parent.mkdir()
+    Image.new("L", (96, 64)).save(mine)
+    before = mine.read_bytes()
+    assert "1 of 8" in error_of("data/val_images")
+    assert mine.read_bytes() == before and len(names()) == 8  # the others are there
+    run(*photos[1:])  # our own are written anew
+
+
+def test_a_photo_that_lies_on_its_side_gets_an_upright_mask(photos):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photos[0]).save("turned.png", exif=exif)
+    Image.open(photos[0]).transpose(Image.Transpose.ROTATE_270).save("upright.png")
+    run("turned.png", "upright.png")
+    np.testing.assert_array_equal(pixels("turned_mask.png"), pixels("upright_mask.png"))
+    assert pixels("turned_mask.png").shape == (96, 64)
+
+
+def test_the_threshold_is_one_of_probabilities(photos):
+    run(photos[0], "--probabilities", "--threshold", "0.6")
+    probabilities, mask = (pixels(f"{photos[0].stem}_{kind}.png") for kind in ("probabilities", "mask"))
+    assert probabilities.dtype == np.uint16 and 0 < mask.mean() < 255
+    clear = np.abs(probabilities / 65535 - 0.6) > 1e-4
+    np.testing.assert_array_equal((probabilities / 65535 > 0.6)[clear], (mask > 0)[clear])
+
+
+def test_enlarging_finds_the_edges_of_the_photo():
+    y, x = np.mgrid[:320, :480]
+    truth = ((x - 240) / 150) ** 2 + ((y - 160) / 90) ** 2 < 1
+    photo = np.where(truth, 60, 180) + np.random.default_rng(0).normal(0, 4, truth.shape)  # with grain
+    photo = np.repeat(photo.astype(np.uint8)[..., None], 3, 2)
+    small = np.asarray(Image.fromarray(photo).resize((60, 40), Image.Resampling.BOX))
+    mask = small[..., 0] < 120
+    found = utils.enlarge(np.where(mask, 8, -8).astype(np.float32), small, photo) > 0.5
+    nearest = np.kron(mask, np.ones((8, 8), bool))
+    assert (found != truth).sum() < 0.3 * (nearest != truth).sum()
+
+
+def test_the_same_from_python_in_three_lines(photos):
+    Image.open(photos[0]).save("photo.png")
+    run("photo.png", "--probabilities")
+    model = predict.load_model("my_checkpoint_best.pth.tar")
+    probabilities = predict.predict(model, np.array(Image.open("photo.png")))
+    assert probabilities.dtype == np.float32 and probabilities.shape == (64, 96)
+    np.testing.assert_allclose(probabilities, pixels("photo_probabilities.png") / 65535, atol=1e-4)
+
+
+def test_folding_batchnorm_into_convolutions_changes_nothing(photos):
+    checkpoint = utils.load_checkpoint(Path("my_checkpoint_best.pth.tar"))
+    for name, value in checkpoint["state_dict"].items():
+        if "running" in name:
+            value.uniform_(0.5, 2)
+    network = UNet(**checkpoint["model"]).eval()
+    network.load_state_dict(checkpoint["state_dict"])
+    model = predict.Predictor(checkpoint, torch.device("cpu"), torch.float32)
+    image = dataset.read_image(photos[0], (32, 48))
+    mean, std = (np.array(PREPROCESSING[name], np.float32) for name in ("mean", "std"))
+    with torch.inference_mode():
+        wanted = network(torch.from_numpy((image / np.float32(255) - mean) / std).permute(2, 0, 1)[None])[0, 0]
+    np.testing.assert_allclose(model(image[None])[0], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_tta_does_not_care_which_side_is_left(photos):
+    model = predict.load_model("my_checkpoint_best.pth.tar", precision="fp32")
+    image = dataset.read_image(photos[0], (32, 48))[None]
+    logits = model(image, tta=True)
+    np.testing.assert_allclose(logits, model(image[:, :, ::-1].copy(), tta=True)[:, :, ::-1], atol=1e-4)
+    np.testing.assert_allclose(logits, (model(image) + model(image[:, :, ::-1].copy())[:, :, ::-1]) / 2, atol=1e-4)
+
+
+def test_tiles_give_the_logits_of_the_whole(photos):
+    model = predict.load_model("my_checkpoint_best.pth.tar", precision="fp32")
+    image = np.random.default_rng(0).integers(0, 256, (300, 520, 3), np.uint8)
+    whole, tiled = model(image[None])[0], predict.predict_tiled(model, image, 384)
+    np.testing.assert_allclose(tiled, whole, atol=1e-4)  # this network sees 22 pixels around, and 24 do not count
+    tiled = predict.predict_tiled(model, image, 128)
+    np.testing.assert_allclose(tiled, whole, atol=0.05 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("flags", [["--tile", "64"], ["--tile", "32", "--size", "90", "130"], ["--size", "64", "96"]])
+def test_size_and_tile_give_masks_of_the_photos_size(photos, flags):
+    run(*photos[:2], *flags, "--tta")
+    assert pixels(f"{photos[0].stem}_mask.png").shape == (64, 96)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+@pytest.fixture
+def red_square(photos) -> None:
+    """square.png: red on white with a mixed edge; a network that finds what is not green."""
+    model = UNet(3, 1, (8, 16))
+    save_network(model)
+    picture = Image.new("RGB", (960, 640), "white")
+    picture.paste("red", (300, 200, 660, 440))
+    picture.resize((480, 320), Image.Resampling.BOX).save("square.png")
+
+
+class FindsRed(predict.Predictor):
+    def forward(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
+        return 8 - images[..., 1] * np.float32(16 / 255)
+
+
+def test_cut_outs_have_a_soft_edge_without_halo_or_stairs(red_square, monkeypatch):
+    monkeypatch.setattr(predict, "Predictor", FindsRed)
+    run("square.png", "--cutout", "--background", "#0000ff")
+    cutout, background = pixels("square_cutout.png"), pixels("square_background.png")
+    assert cutout.shape == (320, 480, 4) and background.shape == (320, 480, 3)
+    alpha, row = cutout[..., 3], cutout[160]
+    assert alpha[160, 240] == 255 and alpha[10, 10] == 0
+    soft = (alpha[160] > 0) & (alpha[160] < 255)
+    assert 2 <= soft.sum() <= 8  # both edges
+    assert row[row[:, 3] > 0, 1].max() <= 5  # red alone: no white has stayed in the edge
+    np.testing.assert_array_equal(background[160, 240], (255, 0, 0))
+    np.testing.assert_array_equal(background[10, 10], (0, 0, 255))
+    assert background[..., 1].max() <= 5
+
+
+def test_a_background_may_be_a_picture_of_any_shape(photos):
+    Image.new("RGB", (50, 300), "lime").save("wall.png")
+    run(photos[0], "--background", "wall.png")
+    assert pixels(f"{photos[0].stem}_background.png").shape == (64, 96, 3)
+
+
+def test_an_overlay_shows_the_photo_and_the_outline(photos):
+    Image.open(photos[0]).save("photo.png")
+    run("photo.png", "--overlay")
+    overlay, mask, photo = pixels("photo_overlay.png"), pixels("photo_mask.png"), np.asarray(Image.open("photo.png"))
+    changed = (overlay != photo).any(2)
+    assert changed[mask > 0].mean() > 0.9
+    assert (overlay == predict.OUTLINE).all(2).any()
+    far = ~np.asarray(Image.fromarray(mask).resize((96, 64))).astype(bool)
+    assert changed[far].mean() < changed[mask > 0].mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def scores() -> list[dict[str, str]]:
+    with Path("predictions/scores.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_scores_are_of_the_masks_that_are_written(photos, capsys):
+    run("data/val_images", "--mask-dir", "data/val_masks")
+    rows = scores()
+    assert [float(row["dice"]) for row in rows] == sorted(float(row["dice"]) for row in rows) and len(rows) == 8
+    for row in (rows[0], rows[-1]):
+        stem = Path(row["photo"]).stem
+        found, wanted = pixels(f"{stem}_mask.png") > 0, read_mask(Path(f"data/val_masks/{stem}_mask.gif")) > 0
+        both = (found & wanted).sum()
+        assert float(row["dice"]) == pytest.approx(2 * both / (found.sum() + wanted.sum()))
+        assert float(row["iou"]) == pytest.approx(both / (found | wanted).sum())
+        assert float(row["pixel_accuracy"]) == pytest.approx((found == wanted).mean())
+    shown = capsys.readouterr().out
+    assert all(row["photo"] in shown for row in rows[:5]) and rows[5]["photo"] not in shown
+    assert f"{np.mean([float(row['dice']) for row in rows]):.4f}" in shown.splitlines()[-1]
+
+
+def test_training_ends_with_the_dice_that_predict_measures(project, run_train, capsys):
+    run_train("--num-epochs", "1", "--learning-rate", "1e-2", "--precision", "fp32")
+    last = capsys.readouterr().out.splitlines()[-2]
+    run("data/val_images", "--mask-dir", "data/val_masks")
+    assert float(last.split()[-6]) == pytest.approx(np.mean([float(row["dice"]) for row in scores()]), abs=0.003), last
+
+
+def square(*box: int) -> np.ndarray:
+    mask = np.zeros((300, 400), np.uint8)
+    mask[box[0] : box[2], box[1] : box[3]] = 1
+    return mask
+
+
+def test_boundary_f1_by_hand():
+    nothing, some = square(0, 0, 0, 0), square(100, 100, 200, 200)
+    assert utils.boundary_f1(some, some) == utils.boundary_f1(nothing, nothing) == 1
+    assert utils.boundary_f1(some, nothing) == utils.boundary_f1(nothing, some) == 0
+    assert utils.boundary_f1(square(103, 100, 203, 200), some) == 1  # 3 pixels off: 0.75 % of the diagonal is 3.75
+    assert utils.boundary_f1(square(0, 300, 50, 399), some) == 0
+    assert 0.4 < utils.boundary_f1(square(100, 100, 200, 210), some) < 1
+
+
+def test_a_mask_without_photo_and_a_photo_without_mask_are_named(photos, capsys):
+    photos[0].unlink()
+    Path("data/val_masks", f"{photos[1].stem}_mask.gif").unlink()
+    run("data/val_images", "--mask-dir", "data/val_masks")
+    shown = capsys.readouterr().out
+    assert f"{photos[0].stem}_mask.gif" in shown and str(photos[1]) in shown
+    assert len(scores()) == 6 and len(names()) == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Submissions
+
+
+@settings(deadline=None)
+@given(arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 1)))
+def test_run_lengths_decode_to_what_was_encoded(mask):
+    np.testing.assert_array_equal(predict.rle_decode(predict.rle_encode(mask), mask.shape), mask)
+    np.testing.assert_array_equal(predict.rle_decode(predict.rle_encode(mask * 255), mask.shape), mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "runs"),
+    [
+        ([[0, 0], [0, 0]], ""),
+        ([[1, 1], [1, 1]], "1 4"),
+        ([[1, 0], [0, 0]], "1 1"),
+        ([[0, 0], [0, 1]], "4 1"),
+        ([[0, 1, 0], [0, 0, 0]], "2 1"),  # row by row; column by column it would be the third
+        ([[0, 1, 1], [1, 0, 1]], "2 3 6 1"),  # a run goes on in the next row
+    ],
+)
+def test_run_lengths_by_hand(mask, runs):
+    assert predict.rle_encode(np.array(mask)) == runs
+    np.testing.assert_array_equal(predict.rle_decode(runs, np.shape(mask)), mask)
+
+
+def test_encoding_a_photo_of_carvana_takes_less_than_5_ms():
+    y, x = np.mgrid[:1280, :1918]
+    mask = (((x - 959) / 700) ** 2 + ((y - 640) / 400) ** 2 < 1).astype(np.uint8) * 255
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        predict.rle_encode(mask)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.005
+
+
+def rows_of(path: str) -> dict[str, str]:
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt") as file:
+        header, *lines = file.read().splitlines()
+    assert header == "img,rle_mask"
+    rows = dict(line.split(",") for line in lines)
+    assert len(rows) == len(lines)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["submission.csv", "submission.csv.gz"])
+def test_a_submission_holds_the_masks_and_nothing_else_is_written(photos, name):
+    run("data/val_images", "--submission", name)
+    assert not Path("predictions").exists() and not list(Path().glob("*.part"))
+    rows = rows_of(name)
+    assert list(rows) == [photo.name for photo in photos]
+    run(photos[5])
+    np.testing.assert_array_equal(
+        predict.rle_decode(rows[photos[5].name], (64, 96)) * 255, pixels(f"{photos[5].stem}_mask.png")
+    )
+
+
+def test_a_killed_run_goes_on_where_it_was(photos, monkeypatch):
+    run("data/val_images", "--submission", "whole.csv")
+    many = photos.copy()
+    for number in range(30):
+        for photo in photos:
+            many.append(photo.with_name(f"{number}_{photo.name}"))
+            os.link(photo, many[-1])
+    command = [sys.executable, predict.__file__, *map(str, many), "--submission", "submission.csv.gz"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any(part.stat().st_size for part in Path().glob("*.part")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path("submission.csv.gz").exists()
+    (part,) = Path().glob("*.part")
+    kept = part.read_text().count("\n")
+    assert 0 < kept < len(many)
+
+    predicted = []
+    finish = predict.finish
+    monkeypatch.setattr(predict, "finish", lambda *args: predicted.append(args[0]) or finish(*args))
+    run(*many, "--submission", "submission.csv.gz")
+    assert len(predicted) == len(many) - kept
+    rows = rows_of("submission.csv.gz")
+    assert rows.keys() == {photo.name for photo in many} and not list(Path().glob("*.part"))
+    assert rows_of("whole.csv").items() <= rows.items()
+
+
+def test_rows_of_another_threshold_are_not_taken_over(photos):
+    photos[3].write_bytes(b"")
+    error_of("data/val_images", "--submission", "submission.csv")
+    before = rows_of("submission.csv")
+    photos[3].unlink()
+    run("data/val_images", "--submission", "submission.csv", "--threshold", "0.2")
+    assert any(rows_of("submission.csv")[name] != before[name] for name in before)
+
+
+def test_a_submission_goes_on_when_a_broken_photo_is_mended(photos):
+    whole = photos[3].read_bytes()
+    photos[3].write_bytes(b"")
+    assert "1 of 8" in error_of("data/val_images", "--submission", "submission.csv")
+    assert len(rows_of("submission.csv")) == 7
+    photos[3].write_bytes(whole)
+    run("data/val_images", "--submission", "submission.csv")
+    assert len(rows_of("submission.csv")) == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def test_torchrun_shares_the_photos(photos):
+    flags = ["data/val_images", "--mask-dir", "data/val_masks", "--submission"]
+    run(*flags, "one.csv")
+    alone = scores()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", predict.__file__]
+    done = subprocess.run([*command, *flags, "two.csv", "--overlay"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert rows_of("two.csv") == rows_of("one.csv")
+    assert scores() == alone
+    assert len(names()) == 9 and done.stdout.count("mean of 8") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_broken_photos_are_named_and_the_others_predicted(photos, capsys):
+    photos[0].write_bytes(photos[0].read_bytes()[:700])
+    photos[6].write_text("no image")
+    assert "2 of 8 photos" in error_of("data/val_images", "--batch-size", "5")
+    shown = capsys.readouterr().err
+    assert str(photos[0]) in shown and str(photos[6]) in shown
+    assert names() == {f"{photo.stem}_mask.png" for photo in photos if photo not in (photos[0], photos[6])}
+
+
+def test_a_mask_of_another_size_is_named(photos, capsys):
+    mask = Path("data/val_masks", f"{photos[0].stem}_mask.gif")
+    Image.new("1", (50, 50)).save(mask)
+    error_of("data/val_images", "--mask-dir", "data/val_masks")
+    assert str(mask) in capsys.readouterr().err
+    assert len(scores()) == 7
+
+
+MISTAKES = {
+    "no checkpoint": (["--checkpoint", "none.pth.tar"], "none.pth.tar"),
+    "a checkpoint of another program": (["--checkpoint", "other.pth.tar"], "other.pth.tar"),
+    "a folder without photos": (["empty"], "empty"),
+    "a path that is not there": (["nowhere/*.jpg"], "nowhere/*.jpg"),
+    "a folder that cannot be written": (["--output-dir", "notes.txt/out"], "notes.txt/out"),
+    "a submission that cannot be written": (["--submission", "notes.txt/submission.csv"], "notes.txt"),
+    "a submission that is something else": (["--submission", "notes.txt"], "notes.txt"),
+    "a submission that is a photo": (["--submission", "data/val_images/x.gz"], "x.gz"),
+    "photos of one name in a submission": (["twin", "--submission", "submission.csv"], "submission.csv"),
+    "scores over something else": (["--output-dir", "mine", "--mask-dir", "data/val_masks"], "scores.csv"),
+    "a threshold out of range": (["--threshold", "1"], "--threshold"),
+    "a size too small": (["--size", "8", "8"], "--size"),
+    "a tile that does not halve": (["--tile", "100"], "--tile"),
+    "no tile": (["--tile", "0"], "--tile"),
+    "batches of none": (["--batch-size", "0"], "--batch-size"),
+    "an unknown colour": (["--background", "blurple"], "blurple"),
+    "a broken background": (["--background", "notes.txt"], "notes.txt"),
+    "an unknown device": (["--device", "toaster"], "toaster"),
+    "no folder of masks": (["--mask-dir", "nowhere"], "nowhere"),
+    "an unknown flag": (["--cut-out"], "--cut-out"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_with_one_sentence(mistake, photos):
+    flags, named = MISTAKES[mistake]
+    Path("notes.txt").write_text("mine")
+    torch.save({"weights": torch.zeros(3)}, "other.pth.tar")
+    for folder in ("empty", "twin", "mine"):
+        Path(folder).mkdir()
+    Path("mine/scores.csv").write_text("my,own\n")
+    Path("data/val_images/x.gz").write_bytes(b"no gzip")
+    Image.new("RGB", (30, 30)).save(Path("twin", photos[0].name))
+    assert named in error_of("data/val_images", *flags)
+    assert Path("notes.txt").read_text() == "mine" and Path("mine/scores.csv").read_text() == "my,own\n"
+    assert not list(Path().rglob("*.tmp")) and not list(Path().rglob("*_mask.png"))
+
+
+def test_there_is_no_traceback_and_the_exit_status_is_1(photos):
+    photos[0].write_bytes(b"")
+    done = subprocess.run([sys.executable, predict.__file__, "data/val_images"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: 1 of 8 photos")
