@@ -3,9 +3,7 @@ import os
 import shutil
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # here and in child processes: tiny networks' threads would only wait for each other
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # in child processes, too: tiny networks' threads wait for one another
 import pytest
 import torch
 
