@@ -43,7 +43,7 @@ from dataset import CarvanaDataset, find_pairs, written_whole
 from model import UNet
 from sample_data import draw_dataset
 
-ROUNDS = 5  # each contender runs once a round, in turn, so that a noisy machine is noisy for all
+ROUNDS = 3  # each contender runs once a round, in turn, so that a noisy machine is noisy for all
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -177,8 +177,8 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
         wait()
 
     with FlopCounterMode(display=False) as counter:
-        steps(1)
-    steps(2)  # to warm up
+        model(images[:1]).sum().backward()
+    steps(3)  # to warm up
     number = 3 if device.type == "cpu" else 30
     step_seconds = seconds(lambda: steps(number)) / number
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory()
@@ -193,19 +193,19 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
 
     products()
     peak = 10 * 2 * size**3 / 1e9 / min(seconds(products) for _ in range(5))
-    return step_seconds, counter.get_total_flops() / 1e9, memory, peak
+    return step_seconds, s.batch_size * counter.get_total_flops() / 1e9, memory, peak
 
 
 def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
     """The training step on BATCH_SIZE images that are there already: images/s, GFLOP/s, and the process's peak memory.
 
     classic: fp32, contiguous, Adam. ours: train.train_step. The share is of what the product of two matrices of 2048 x
-    2048 (8192 on a GPU) reaches in the same process and precision; GFLOP are convolutions and products, counted by
-    torch's FlopCounterMode.
+    2048 (8192 on a GPU) reaches in the same process and precision; GFLOP are the network's convolutions, there and back,
+    counted by torch's FlopCounterMode.
     """
     contenders = ["classic", "ours", *(name for name in PEERS if importlib.util.find_spec(name))]
     found = {name: [] for name in contenders}
-    for _ in range(3):
+    for _ in range(ROUNDS):
         for name in contenders:
             found[name].append(in_process(measure_step, name, s))
     figures = {}
@@ -337,7 +337,7 @@ def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
         utils.save_checkpoint(state, checkpoint)
         draw_dataset(Path(folder, "data"), train_cars=1, val_cars=1)
         photos = sorted(Path(folder, "data").glob("*_images/*.jpg"))
-        for number in range(3):
+        for number in range(ROUNDS):
             for is_plain in measured:
                 output_dir = Path(folder, f"{number}_{is_plain}")
                 output_dir.mkdir()

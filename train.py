@@ -427,9 +427,10 @@ def train(s: SimpleNamespace) -> None:
             raise
         writer.wait()
     best = utils.sibling(Path(s.checkpoint), "_best")
-    state.model.load_state_dict(utils.load_checkpoint(best)["state_dict"])
-    full = utils.full_size_dice(val_loader, state.model, device, precision)
-    print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' own size.")
+    if best.exists():
+        state.model.load_state_dict(utils.load_checkpoint(best)["state_dict"])
+        full = utils.full_size_dice(val_loader, state.model, device, precision)
+        print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' own size.")
     print(f"Look into {s.saved_images_dir}/. The best weights are in {best}, the newest state in {s.checkpoint}.")
 
 
