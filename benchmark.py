@@ -200,7 +200,7 @@ def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
     """The training step on BATCH_SIZE images that are there already: images/s, GFLOP/s, and the process's peak memory.
 
     classic: fp32, contiguous, Adam. ours: train.train_step. The share is of what the product of two matrices of 2048 x
-    2048 (8192 on a GPU) reaches in the same process and precision; GFLOP are the network's convolutions, there and back,
+    2048 (8192 on a GPU) reaches in the same process and precision; GFLOP are the convolutions, forward and backward,
     counted by torch's FlopCounterMode.
     """
     contenders = ["classic", "ours", *(name for name in PEERS if importlib.util.find_spec(name))]

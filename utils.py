@@ -475,20 +475,21 @@ def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndar
 
     A fast guided filter (He and Sun 2015, https://arxiv.org/abs/1505.00996): over 5 x 5 pixels of the network each, the
     probabilities are fitted by a linear function of the brightness, which is enlarged, and applied to the photo. The
-    quick start's mean Dice is 0.9665 with it, 0.9612 with logits enlarged linearly, 0.9606 with masks enlarged.
+    quick start's mean Dice is 0.9852 with it, 0.9811 with logits enlarged linearly, 0.9800 with masks enlarged. Photos
+    of less than twice the network's size would lose by it, and get their logits enlarged linearly.
 
     Args:
         logits, image: the network's output float32 (h, w), and its input uint8 (h, w, 3).
         photo: uint8 (H, W, 3).
     """
+    if photo.shape[0] < 2 * len(logits):
+        return torch.from_numpy(cv2.resize(logits, photo.shape[1::-1])).sigmoid().numpy()
     probabilities = torch.from_numpy(logits).sigmoid().numpy()
-    if image.shape == photo.shape:
-        return probabilities
     mean = partial(cv2.blur, ksize=(5, 5))
     brightness = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     variance = mean(brightness**2) - mean(brightness) ** 2
     covariance = mean(brightness * probabilities) - mean(brightness) * mean(probabilities)
-    slope = covariance / (variance + 50)  # 50 is a standard deviation of 7 of 255: what varies less is no edge
+    slope = covariance / (variance + 15)  # 15 is a standard deviation of 4 of 255: what varies less is no edge
     offset = mean(probabilities) - slope * mean(brightness)
 
     enlarged = cv2.resize(mean(slope), photo.shape[1::-1])
