@@ -37,12 +37,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def muon_(weight: Tensor, state: dict, lr: float, weight_decay: float) -> None:
-    """A step of a kernel (out, in, h, w), in place, with Nesterov's momentum of 0.9."""
+    """A step of a kernel (out, in, h, w), or (in, out, h, w) of an up-convolution, with Nesterov's momentum of 0.9."""
     if not state:
         state |= {"step": 0, "momentum": torch.zeros_like(weight)}
     state["step"] += 1
     state["momentum"].lerp_(weight.grad, 0.1)
-    step = weight.grad.lerp(state["momentum"], 0.9).permute(0, 2, 3, 1)  # (out, h, w, in): how channels_last lies
+    step = weight.grad.lerp(state["momentum"], 0.9).permute(0, 2, 3, 1)  # (out, h, w, in): as channels_last lies
     rows, columns = len(step), step[0].numel()
     step = orthogonalize(step.reshape(-1, min(ROWS, rows), columns)).reshape(step.shape)
     weight.mul_(1 - lr * weight_decay)
