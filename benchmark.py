@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -60,6 +61,8 @@ def in_process(work: Callable, *args: object) -> object:
 
 def peak_memory() -> float:
     """MB that this process has had at most."""
+    if Path("/proc/self/status").exists():  # getrusage would count what the parent had when it started this one
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
     import resource  # which Windows does not have
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
@@ -162,7 +165,7 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
         model = classic_network(s).to(device)
         step = partial(classic_step, model, torch.optim.Adam(model.parameters(), 1e-4), images, masks)
     else:
-        utils.tune(device)
+        utils.tune(device, precision)
         state = train.new_state(s, device, precision, foreground=0.2)
         if name in PEERS:
             state.model = state.forward = PEERS[name]().to(device, memory_format=utils.memory_format(device))

@@ -50,8 +50,6 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
         if previous and path.exists():
             path.replace(previous)
         temporary.replace(path)
@@ -345,6 +343,7 @@ class CarvanaDataset(Dataset):
         tqdm.write(f"Caching {len(self)} pairs of {self.image_dir} in {place.parent}: {needed / 1e6:.1f} MB.")
         with written_whole(data) as temporary, temporary.open("wb") as file:
             infos = self._decode_all(keys, known, file)
+            os.fsync(file.fileno())
             with written_whole(data.with_suffix(".json")) as index:
                 index.write_text(json.dumps(list(zip(keys, infos.tolist(), strict=True))))
         for path in older:

@@ -4,9 +4,6 @@ The padding keeps the output as large as the input, which the paper's network do
 in a few epochs. UNET_architecture.png shows it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +40,7 @@ class UNet(nn.Module):
         features: channels of each stage, from full size down; every stage halves height and width, and the bottleneck
             has twice the last stage's channels. The default has 31 million weights.
         checkpointing: whether training keeps no activations within a DoubleConv, but computes them again when it needs
-            them: less memory, a third more time, the same weights.
+            them: less memory, a third more time, the same weights (BatchNorm's running statistics count a batch twice).
     """
 
     def __init__(
@@ -97,20 +94,6 @@ class UNet(nn.Module):
         return self.head(x)[..., :height, :width]
 
     def run(self, block: DoubleConv, x: Tensor) -> Tensor:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(x)
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept(block)))
-
-
-@contextmanager
-def statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Within it BatchNorm's running statistics stay: the first pass has counted the batch already."""
-    norms = [layer for layer in block.modules() if isinstance(layer, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield  # torch leaves it with an exception once it has recomputed what it needs
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+        return block(x)

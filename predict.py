@@ -21,7 +21,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -42,7 +42,7 @@ from model import DoubleConv, UNet
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 THREADS = min(8, os.cpu_count() or 1)  # that decode and write while the network computes: Pillow and OpenCV allow it
-LARGE = 25_000_000  # pixels; of the photos above, one at a time is written, which bounds the memory
+LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on, which bounds the memory
 ONE_AT_A_TIME = threading.Lock()
 SCORES = ("dice", "iou", "pixel_accuracy", "boundary_f1")
 TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
@@ -280,7 +280,11 @@ class Submission:
         opener = gzip.open if self.path.suffix == ".gz" else open
         with utils.saving(self.path) as temporary, opener(temporary, "wt", encoding="utf-8", newline="\n") as file:
             file.write("img,rle_mask\n")
-            file.writelines(line for name, line in self.rows() if name in self.names)
+            missing = set(self.names)
+            for name, line in self.rows():
+                if name in missing:  # once, should two runs have added it
+                    missing.remove(name)
+                    file.write(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +331,14 @@ def find_photos(inputs: list[str], mask_dir: Path | None) -> list[Photo]:
 
 
 def decode(photo: Photo, size: tuple[int, int] | None) -> tuple[Photo, np.ndarray]:
-    return photo, read_image(photo.path, size)
+    with large_ones_wait(photo):
+        return photo, read_image(photo.path, size)
+
+
+def large_ones_wait(photo: Photo) -> AbstractContextManager:
+    """Lets one large photo at a time be decoded or written."""
+    with opened(photo.path) as header:
+        return ONE_AT_A_TIME if header.width * header.height > LARGE else nullcontext()
 
 
 def in_threads(
@@ -351,8 +362,7 @@ def in_threads(
 def run_network(model: Predictor, decoded: Iterator, batch_size: int, args: argparse.Namespace) -> Iterator[tuple]:
     """(photo, image) -> (photo, image, logits), in batches of equal size.
 
-    The last one is filled up with copies of its last image: with one shape throughout, what a GPU computes for a photo
-    does not depend on how many there are.
+    The last one is filled up with copies of its last image: a network is fastest with one shape throughout.
     """
     while batch := list(islice(decoded, batch_size)):
         images = [image for _, image in batch]
@@ -374,9 +384,7 @@ def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, args: argparse.N
         write_png(args.output_dir / f"{photo.name}_{kind}.png", picture)
 
     scores = runs = None
-    with opened(photo.path) as header:
-        is_large = header.width * header.height > LARGE
-    with ONE_AT_A_TIME if is_large else nullcontext():
+    with large_ones_wait(photo):
         full = image if args.tile and not args.size else read_image(photo.path)
         probabilities = utils.enlarge(logits, image, full)
         mask = cv2.compare(probabilities, args.threshold, cv2.CMP_GT)  # uint8 (H, W) in {0, 255}
@@ -495,8 +503,8 @@ def gather(mine: object) -> list:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # which "cuda" means from here on
+    if WORLD_SIZE > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     model = load_model(args.checkpoint, args.device)
     multiple = 4 * 2 ** len(model.network.features)  # tiles are shifted by quarters, which every stage must halve
     if args.tile is not None and (args.tile < multiple or args.tile % multiple):
@@ -512,7 +520,8 @@ def main(argv: list[str] | None = None) -> None:
     share = photos[RANK::WORLD_SIZE]
     if args.submission:
         stat = Path(args.checkpoint).stat()
-        decisive = stat.st_size, stat.st_mtime_ns, args.threshold, args.tta, args.size, args.tile
+        folders = sorted({str(photo.path.resolve().parent) for photo in photos})  # test_hq has the names of test
+        decisive = stat.st_size, stat.st_mtime_ns, args.threshold, args.tta, args.size, args.tile, folders
         submission = Submission(args.submission, photos, f"{zlib.crc32(repr(decisive).encode()):08x}")
         share = [photo for photo in share if photo.path.name not in submission.done]
 

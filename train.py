@@ -50,7 +50,7 @@ BATCH_SIZE = 4  # images in a step; smaller if memory runs out
 LEARNING_RATE = 0.05  # Muon's, at its peak after a warm-up; smaller if the loss jumps
 WEIGHT_DECAY = 0.01  # kernels shrink by LEARNING_RATE times this in a step; larger against overfitting
 ACCUMULATION = 1  # parts in which a step's images are computed, one after the other: each needs less memory
-CLIP_NORM = 0.0  # longer gradients are cut to this norm; 0 cuts none. 1 helps when the loss jumps
+CLIP_NORM = 0.0  # longer gradients are cut to this norm, so that no batch outweighs the others; 0 cuts none
 SEED = 0  # of weights, order and augmentation
 
 # The machine.
@@ -178,11 +178,12 @@ def train_step(
     """Learns from images (N, 3, H, W) and masks (N, 1, H, W) on the device; returns the sum of their losses, 0-dim."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr
+    forward = state.forward if len(images) == s.batch_size else state.model  # only one shape is compiled
     state.optimizer.zero_grad()
     total = torch.zeros((), device=images.device)
     for some, their_masks in zip(images.chunk(s.accumulation), masks.chunk(s.accumulation), strict=True):
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-            logits = state.forward(some)  # (n, 1, H, W)
+            logits = forward(some)  # (n, 1, H, W)
         loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), their_masks) * len(some)
         state.scaler.scale(loss / len(images)).backward()
         total += loss.detach()
@@ -224,7 +225,7 @@ def train_epoch(
         if state.scaler.is_enabled() and step and (skipped := step + steps_before - steps_taken(state.optimizer)):
             tqdm.write(f"{skipped} of {step} steps were skipped since a gradient overflowed fp16: a few are normal.")
     raise_if_not_finite(state, loader)
-    estimate_statistics(loader, state.model, precision)
+    state.seconds = time.perf_counter() - start
 
 
 def estimate_statistics(loader: DataLoader, model: UNet, precision: torch.dtype) -> None:
@@ -271,12 +272,15 @@ def checkpoint_to_continue(s: SimpleNamespace) -> dict | None:
 
     When torchrun starts the processes again because one has died, they go on by themselves.
     """
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and Path(s.checkpoint).exists()
-    if not (s.load_model or is_restart):
+    path = Path(s.checkpoint)
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if is_restart or s.load_model:
+        utils.restore_previous(path)
+    if not (s.load_model or (is_restart and path.exists())):
         return None
-    checkpoint = utils.load_checkpoint(Path(s.checkpoint))
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{s.checkpoint} has weights only: set CHECKPOINT to the one without _best in its name")
+    checkpoint = utils.load_checkpoint(path)
+    if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
+        raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
     before = checkpoint["settings"]
     fixed = ("features", "image_height", "image_width", "mean", "std")
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
@@ -285,7 +289,8 @@ def checkpoint_to_continue(s: SimpleNamespace) -> dict | None:
         )
     if len(checkpoint["history"]) >= s.num_epochs and not is_restart:
         raise UserError(f"{s.checkpoint} has {checkpoint['epoch']} epochs already: set NUM_EPOCHS to more than that")
-    for name in ("batch_size", "num_epochs", "learning_rate", "weight_decay", "precision", "seed"):
+    free = ("batch_size", "accumulation", "num_epochs", "learning_rate", "weight_decay", "clip_norm", "seed")
+    for name in (*free, "device", "precision", "num_workers"):
         if before[name] != getattr(s, name):
             print(f"{name.upper()} was {before[name]} and is {getattr(s, name)} from here on.")
     return checkpoint
@@ -305,12 +310,16 @@ def restore(state: State, checkpoint: dict, header: dict) -> None:
     if data["val"] != data_before["val"]:
         print("The validation photos have changed: scores before and after do not compare, and a new best is sought.")
         state.best = -1.0
+    if not utils.sibling(Path(header["settings"]["checkpoint"]), "_best").exists():
+        state.best = -1.0
+    if data["train"] != data_before["train"]:
+        print("The training photos have changed.")
     if data["train"] == data_before["train"] and header["settings"]["seed"] == checkpoint["settings"]["seed"]:
         state.images, state.seconds = checkpoint["images"], checkpoint["seconds"]
         device = next(state.model.parameters()).device
         state.losses = {images: torch.tensor(loss, device=device) for images, loss in checkpoint["losses"].items()}
     elif checkpoint["images"]:
-        print("The training photos or SEED have changed: the epoch that was cut off begins anew.")
+        print("The epoch that was cut off begins anew.")
     print(f"Continuing after {len(state.history)} epochs and {state.images} images of the next.")
 
 
@@ -342,6 +351,8 @@ def train(s: SimpleNamespace) -> None:
     device = utils.choose_device(s.device)
     precision = utils.choose_precision(s.precision, device)
     checkpoint = checkpoint_to_continue(s)
+    if not checkpoint:
+        utils.set_aside(Path(s.checkpoint))
     use_sample_if_empty(s)
 
     train_loader, val_loader = utils.get_loaders(
@@ -359,7 +370,7 @@ def train(s: SimpleNamespace) -> None:
         raise UserError(f"BATCH_SIZE {s.batch_size} leaves one image for a step, too few at this size: choose another")
 
     foreground = train_loader.dataset.infos["foreground"].mean()
-    utils.tune(device)
+    utils.tune(device, precision)
     state = new_state(s, device, precision, foreground)
     header = {  # of every checkpoint
         "model": {"in_channels": 3, "out_channels": 1, "features": list(s.features)},
@@ -369,8 +380,6 @@ def train(s: SimpleNamespace) -> None:
     }
     if checkpoint:
         restore(state, checkpoint, header)
-    else:
-        utils.set_aside(Path(s.checkpoint))
 
     with utils.CheckpointWriter() as writer, utils.signals_wait():
         print(f"Training on {device} in {str(precision).removeprefix('torch.')}, {s.batch_size} images a step.")
@@ -385,6 +394,7 @@ def train(s: SimpleNamespace) -> None:
             while len(state.history) < s.num_epochs:
                 train_epoch(train_loader, state, precision, s, save_if_due)
                 start = time.perf_counter()
+                estimate_statistics(train_loader, state.model, precision)
                 metrics = utils.check_accuracy(val_loader, state.model, device, precision, Path(s.saved_images_dir))
                 predicted = metrics.pop("predicted")
                 row = {
@@ -427,10 +437,9 @@ def train(s: SimpleNamespace) -> None:
             raise
         writer.wait()
     best = utils.sibling(Path(s.checkpoint), "_best")
-    if best.exists():
-        state.model.load_state_dict(utils.load_checkpoint(best)["state_dict"])
-        full = utils.full_size_dice(val_loader, state.model, device, precision)
-        print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' own size.")
+    state.model.load_state_dict(utils.load_checkpoint(best)["state_dict"])
+    full = utils.full_size_dice(val_loader, state.model, device, precision)
+    print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' own size.")
     print(f"Look into {s.saved_images_dir}/. The best weights are in {best}, the newest state in {s.checkpoint}.")
 
 

@@ -5,6 +5,7 @@ import copy
 import csv
 import ctypes
 import os
+import pickle
 import re
 import signal
 import sys
@@ -167,9 +168,10 @@ def choose_num_workers(number: int, device: torch.device) -> int:
     return 0 if device.type == "cpu" else min(8, cores)
 
 
-def tune(device: torch.device) -> None:
+def tune(device: torch.device, precision: torch.dtype) -> None:
     """Switches of the whole process that make training on the device faster."""
-    torch.set_float32_matmul_precision("medium")  # bf16 or TF32 inside of products that stay fp32: Muon's
+    is_exact = precision == torch.float32
+    torch.set_float32_matmul_precision("highest" if is_exact else "medium")  # bf16 or TF32 within Muon's products
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # tries convolution algorithms: all batches but the last have one shape
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -323,12 +325,12 @@ def set_aside(path: Path) -> None:
     if not any(sibling(path, tag).exists() for tag in ("", ".prev", "_best")):
         return
     number = 1
-    while any(sibling(path, f"_{number}{tag}").exists() for tag in ("", "_best")):
+    while any(sibling(path, f"_{number}{tag}").exists() for tag in ("", ".prev", "_best")):
         number += 1
     kept = sibling(path, f"_{number}")
-    for tag in (".prev", "", "_best"):  # the one before the newest becomes the newest if that is missing
+    for tag in ("", ".prev", "_best"):
         if sibling(path, tag).exists():
-            sibling(path, tag).replace(sibling(kept, tag.removeprefix(".prev")))
+            sibling(path, tag).replace(sibling(kept, tag))
     print(f"{path} of an earlier run is now {kept} (LOAD_MODEL = True would have continued it).")
 
 
@@ -339,6 +341,8 @@ def save_checkpoint(state: dict, path: Path, previous: Path | None = None) -> No
     """
     with saving(path, previous) as temporary:
         torch.save(state, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 class CheckpointWriter:
@@ -379,26 +383,29 @@ def _copy(value: object, copies: dict[int, Tensor]) -> object:
     return value
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint of train.py onto the CPU: {"state_dict", "model", "preprocessing", "epoch", "history", ...}.
-
-    UNet(**checkpoint["model"]) takes its state_dict. A file that is damaged, or missing because the run was killed
-    while it was written, is replaced by the one before it, and a line says so. Raises UserError if there is neither, or
-    something else in it.
-    """
-    damage = _damage(path)
-    previous = sibling(path, ".prev")
-    if damage and _damage(previous) is None:
+def restore_previous(path: Path) -> None:
+    """Where a checkpoint is damaged, or missing since a kill fell between two renames, puts the one before there."""
+    damage, previous = _damage(path), sibling(path, ".prev")
+    if damage and not _damage(previous):
         print(f"{path} {damage}: {previous.name}, the checkpoint before it, takes its place.")
         if path.exists():
             path.replace(sibling(path, ".damaged"))
         previous.replace(path)
-    elif damage:
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint of train.py onto the CPU: {"state_dict", "model", "preprocessing", "epoch", "history", ...}.
+
+    UNet(**checkpoint["model"]) takes its state_dict. Raises UserError if it is missing, damaged or something else.
+    """
+    if damage := _damage(path):
         raise UserError(f"{path} {damage}: choose another, or train first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds; a pickle that would run code is one of them
+    except pickle.UnpicklingError as error:
         raise UserError(f"{path} could run code, which no checkpoint of train.py does: use another") from error
+    except Exception as error:  # torch.load raises many kinds on files of other kinds
+        raise UserError(f"{path} is not from this train.py: choose another, or train again") from error
     try:
         with torch.device("meta"):
             wanted = UNet(**checkpoint["model"]).state_dict()
@@ -420,6 +427,8 @@ def _damage(path: Path) -> str | None:
             return "is damaged" if archive.testzip() else None
     except FileNotFoundError:
         return "does not exist"
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend that, or choose another") from error
     except Exception:  # zipfile raises many kinds on damaged files
         return "is damaged or no checkpoint"
 
@@ -482,8 +491,9 @@ def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndar
         logits, image: the network's output float32 (h, w), and its input uint8 (h, w, 3).
         photo: uint8 (H, W, 3).
     """
-    if photo.shape[0] < 2 * len(logits):
-        return torch.from_numpy(cv2.resize(logits, photo.shape[1::-1])).sigmoid().numpy()
+    if photo.size < 4 * image.size:
+        enlarged = cv2.resize(logits, photo.shape[1::-1]) if image.shape != photo.shape else logits
+        return torch.from_numpy(enlarged).sigmoid().numpy()
     probabilities = torch.from_numpy(logits).sigmoid().numpy()
     mean = partial(cv2.blur, ksize=(5, 5))
     brightness = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
@@ -504,7 +514,8 @@ def full_size_dice(loader: DataLoader, model: nn.Module, device: torch.device, p
     """The mean Dice over a loader's pairs at the photos' own size, as predict.py --mask-dir measures it."""
     model.eval()
     scores, data = [], loader.dataset
-    for start, (images, masks) in zip(range(0, len(data), loader.batch_size), loader, strict=True):
+    batches = tqdm(loader, desc="at full size", unit="batch", leave=False, disable=None)
+    for start, (images, masks) in zip(range(0, len(data), loader.batch_size), batches, strict=True):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(to_device(images, masks, device)[0])
         for index, photo_logits in enumerate(logits[:, 0].float().cpu().numpy(), start):

@@ -10,6 +10,7 @@ from conftest import SMALL, same, weights
 
 import train
 import utils
+from model import DoubleConv
 from optimizer import adam_, orthogonalize
 
 CPU = torch.device("cpu")
@@ -31,23 +32,28 @@ def test_accumulation_learns_the_same_from_less_at_a_time():
     for parts in ("1", "3"):  # 4 images in 3 parts: 2 and 2, as torch.chunk has it
         state, s = state_and_settings("--accumulation", parts)
         state.model.eval()  # BatchNorm would see smaller batches
+        sizes = []
+        state.model.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
         for _ in range(2):
             loss = train.train_step(state, *batch(), 1e-3, torch.float32, s)
+        assert sizes == {"1": [4, 4], "3": [2, 2, 2, 2]}[parts]
         found.append((loss, state.model.state_dict()))
     assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-5)
     for name, weight in found[0][1].items():
         torch.testing.assert_close(weight, found[1][1][name], rtol=1e-3, atol=1e-4)
 
 
-def test_activation_checkpointing_gives_the_same_weights_and_statistics():
-    found = []
-    for flag in ("--no-activation-checkpointing", "--activation-checkpointing"):
+def test_activation_checkpointing_computes_twice_and_gives_the_same_weights(monkeypatch):
+    found, calls, forward = [], [], DoubleConv.forward
+    monkeypatch.setattr(DoubleConv, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    for flag, number in (("--no-activation-checkpointing", 10), ("--activation-checkpointing", 20)):
         state, s = state_and_settings(flag)
+        calls.clear()
         for _ in range(2):
             train.train_step(state, *batch(), 1e-3, torch.float32, s)
-        found.append(state.model.state_dict())
-    names = [name for name in found[0] if "num_batches" not in name]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in names)
+        assert len(calls) == number
+        found.append(dict(state.model.named_parameters()))
+    assert same(*found)
 
 
 def test_gradients_are_cut_to_the_norm():
@@ -71,7 +77,16 @@ def test_only_kernels_decay():
         torch.testing.assert_close(found[1][name], wanted, msg=name)
 
 
+@pytest.mark.parametrize("features", [(24, 48, 96), (10, 260), (3,)])
+def test_muon_takes_any_number_of_channels(features):
+    state, s = state_and_settings("--features", *map(str, features))
+    before = state.model.state_dict()["downs.0.layers.0.weight"].clone()
+    assert train.train_step(state, *batch(), 1e-2, torch.float32, s).isfinite()
+    assert not torch.equal(before, state.model.state_dict()["downs.0.layers.0.weight"])
+
+
 def test_muon_moves_a_kernel_alike_in_all_directions():
+    utils.tune(CPU, torch.float32)  # exact products
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(3, 16, 40, generator=generator) * torch.logspace(0, 2, 16)[:, None]
     singular = torch.linalg.svdvals(orthogonalize(matrices))
@@ -201,4 +216,5 @@ def test_a_network_that_predicts_one_class_is_named(project, run_train, capsys):
     out = capsys.readouterr().out
     assert re.search(r"WARNING: it predicts background for every pixel, and \d+\.\d % of the training masks", out)
     run_train("--num-epochs", "4")
-    assert "WARNING: it predicts" not in capsys.readouterr().out.splitlines()[-2]
+    after_the_last_epoch = capsys.readouterr().out.split("\n    4 ")[1]
+    assert "WARNING" not in after_the_last_epoch
