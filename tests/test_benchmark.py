@@ -34,7 +34,7 @@ def test_recipe_compares_what_both_have_learned(project, capsys):
     ours = [found[f"our_dice_seed_{seed}"] for seed in range(3)]
     assert found["our_dice"] == pytest.approx(sum(ours) / 3) and len(set(ours)) == 3
     assert found["error_ratio"] == pytest.approx((1 - found["our_dice"]) / (1 - found["classic_dice"]))
-    assert not list(Path().glob("*.pth.tar")) and not Path("saved_images").exists()
+    assert not list(Path().glob("*.pth.tar")) and not any(Path("saved_images").iterdir())
 
 
 def test_flags_that_train_does_not_have_are_named(project):
