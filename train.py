@@ -287,8 +287,8 @@ def checkpoint_to_continue(s: SimpleNamespace) -> dict | None:
         raise UserError(
             f"{s.checkpoint} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False"
         )
-    if len(checkpoint["history"]) >= s.num_epochs and not is_restart:
-        raise UserError(f"{s.checkpoint} has {checkpoint['epoch']} epochs already: set NUM_EPOCHS to more than that")
+    if checkpoint["epoch"] >= s.num_epochs:
+        print(f"{path} has {checkpoint['epoch']} epochs already: set NUM_EPOCHS to more, and it goes on.")
     free = ("batch_size", "accumulation", "num_epochs", "learning_rate", "weight_decay", "clip_norm", "seed")
     for name in (*free, "device", "precision", "num_workers"):
         if before[name] != getattr(s, name):

@@ -109,7 +109,6 @@ MISTAKES = {
         "my_checkpoint.pth.tar"),
     "weights without a state": (
         save_finished_run, ["--load-model", "--checkpoint", "my_checkpoint_best.pth.tar"], "weights only"),
-    "a finished run continued": (save_finished_run, ["--load-model", "--num-epochs", "1"], "NUM_EPOCHS"),
     "pictures into a file": (lambda: None, ["--saved-images-dir", "notes.txt/pictures"], "SAVED_IMAGES_DIR"),
     "a checkpoint into a file": (lambda: None, ["--checkpoint", "notes.txt/checkpoint.pth.tar"], "CHECKPOINT"),
 }  # fmt: skip

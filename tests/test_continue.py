@@ -231,10 +231,13 @@ def test_other_training_photos_begin_the_epoch_anew_and_other_validation_photos_
     assert float(best) > 0 and re.search(r"^    2 .* 0\.0000 .*best$", out, re.MULTILINE)  # although its Dice is 0
 
 
-def test_a_finished_run_says_what_to_raise(project, run_train):
+def test_a_finished_run_says_what_to_raise_and_ends_well(project, run_train, capsys):
     run_train("--num-epochs", "1")
-    with pytest.raises(utils.UserError, match="NUM_EPOCHS to more"):
-        run_train("--num-epochs", "1", "--load-model")
+    before = CHECKPOINT.read_bytes()
+    run_train("--num-epochs", "1", "--load-model")
+    out = capsys.readouterr().out
+    assert "my_checkpoint.pth.tar has 1 epochs already: set NUM_EPOCHS to more" in out and "at training size" in out
+    assert CHECKPOINT.read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
