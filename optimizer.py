@@ -28,42 +28,52 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if group["update"] == "muon":
-                    muon_(weight, self.state[weight], group["lr"], group["weight_decay"])
-                else:
-                    adam_(weight, self.state[weight], 0.1 * group["lr"])
+        kernels, others = self.param_groups
+        muon_(kernels["params"], self.state, kernels["lr"], kernels["weight_decay"])
+        for weight in others["params"]:
+            adam_(weight, self.state[weight], 0.1 * others["lr"])
 
 
-def muon_(weight: Tensor, state: dict, lr: float, weight_decay: float) -> None:
-    """A step of a kernel (out, in, h, w), or (in, out, h, w) of an up-convolution, with Nesterov's momentum of 0.9."""
-    if not state:
-        state |= {"step": 0, "momentum": torch.zeros_like(weight)}
-    state["step"] += 1
-    state["momentum"].lerp_(weight.grad, 0.1)
-    step = weight.grad.lerp(state["momentum"], 0.9).permute(0, 2, 3, 1)  # (out, h, w, in): as channels_last lies
-    rows, columns = len(step), step[0].numel()
-    block = max(number for number in range(1, ROWS + 1) if rows % number == 0)
-    step = orthogonalize(step.reshape(-1, block, columns)).reshape(step.shape)
-    weight.mul_(1 - lr * weight_decay)
-    weight.add_(step.permute(0, 3, 1, 2), alpha=-lr * max(1, rows / columns) ** 0.5)
+def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_decay: float) -> None:
+    """A step of kernels (out, in, h, w), or (in, out, h, w) of up-convolutions, with Nesterov's momentum of 0.9.
 
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """(N, rows, columns) -> the same with singular values of about 1 (0.7 to 1.2).
-
-    Newton and Schulz's iteration with Jordan's coefficients, carried out on the small product X X^T.
+    The gradients become the momentum's. Blocks of one height are orthogonalized together.
     """
-    gram = matrices @ matrices.mT
-    square = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30  # of the norm, which becomes 1
+    steps: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by a block's rows: kernels and their steps in blocks
+    for kernel in kernels:
+        state = states[kernel]
+        if not state:
+            state |= {"step": 0, "momentum": torch.zeros_like(kernel)}
+        state["step"] += 1
+        state["momentum"].lerp_(kernel.grad, 0.1)
+        step = kernel.grad.lerp_(state["momentum"], 0.9).permute(0, 2, 3, 1)  # (out, h, w, in): as channels_last lies
+        block = max(number for number in range(1, ROWS + 1) if len(step) % number == 0)
+        steps.setdefault(block, []).append((kernel, step.reshape(-1, block, step[0].numel())))
+
+    for found in steps.values():
+        factors = newton_schulz(torch.cat([step @ step.mT for _, step in found]))
+        for (kernel, step), factor in zip(found, factors.split([len(step) for _, step in found]), strict=True):
+            rows, columns = len(kernel), step.shape[-1]
+            factor = factor * -lr * max(1, rows / columns) ** 0.5
+            height, width = kernel.shape[2:]
+            kernel.mul_(1 - lr * weight_decay)
+            kernel.add_((factor @ step).reshape(rows, height, width, -1).permute(0, 3, 1, 2))
+
+
+def newton_schulz(gram: Tensor) -> Tensor:
+    """X X^T (N, rows, rows) -> a factor of the same shape: factor @ X has X's directions, all of a length of about 1.
+
+    The singular values become 0.7 to 1.2 by five rounds of Newton and Schulz's iteration with Jordan's coefficients.
+    """
+    identity = torch.eye(gram.shape[1], device=gram.device)
+    square = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30  # of X's norm, which becomes 1
     gram = gram / square
-    product = identity = torch.eye(gram.shape[1], device=gram.device)
+    product = identity / square.sqrt()
     for _ in range(5):
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
         product = factor @ product
         gram = factor @ gram @ factor
-    return (product / square.sqrt()) @ matrices
+    return product
 
 
 def adam_(weight: Tensor, state: dict, lr: float) -> None:
