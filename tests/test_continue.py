@@ -79,8 +79,8 @@ def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project,
                 os.killpg(process.pid, kill)
                 ended = process.wait(30) == 0  # the signal came after the last step
                 kills += 1
-            wanted_status = {signal.SIGKILL: -9, signal.SIGTERM: 143}[kill]
-            assert ended or process.returncode == wanted_status, process.stderr.read()
+            statuses = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15)}  # -15: after training, when all is saved
+            assert ended or process.returncode in statuses[kill], process.stderr.read()
         assert same(wanted, weights())
         assert scores() == wanted_scores
     assert kills >= ROUNDS
