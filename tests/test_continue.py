@@ -63,12 +63,12 @@ def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project,
     seconds = time.monotonic() - begun
     wanted, wanted_scores = weights(), scores()
 
-    kills = 0
-    for number in range(ROUNDS):
+    kills, number = 0, 0
+    while number < ROUNDS:
         moments = random.Random(number)
         for path in (CHECKPOINT, PREVIOUS):
             path.unlink(missing_ok=True)
-        ended = False
+        ended, kills_before = False, kills
         while not ended:
             has_begun = CHECKPOINT.exists() or PREVIOUS.exists()
             process = start(*flags, *["--load-model"] * has_begun)
@@ -83,7 +83,10 @@ def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project,
             assert ended or process.returncode in statuses[kill], process.stderr.read()
         assert same(wanted, weights())
         assert scores() == wanted_scores
-    assert kills >= ROUNDS
+        if kills > kills_before:
+            number += 1
+        else:
+            seconds /= 2  # the machine has become faster: sooner, then
     assert not list(Path().glob("*.tmp"))
 
 
