@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,14 +38,19 @@ from model import UNet
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main; a user's error ends it with one line and exit status 1, a signal with 128 + its number."""
+    status: int | str = 0
     try:
         main()
     except Stopped as stopped:
-        sys.exit(128 + stopped.signal)
+        status = 128 + stopped.signal
     except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
-        sys.exit("error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: "))
+        status = "error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: ")
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.exit(status)  # here the exception is gone, and with it the DataLoader that its frames held, and its workers
 
 
 class Stopped(Exception):
@@ -258,7 +264,7 @@ def get_loaders(
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": _ignore_signals,
+        "worker_init_fn": _leave_signals_to_the_run,
     }
     train_loader = DataLoader(train_set, batch_size, sampler=EpochSampler(len(train_set), seed), **options)
     return train_loader, DataLoader(val_set, batch_size, **options)
@@ -292,11 +298,11 @@ def report(train: CarvanaDataset, val: CarvanaDataset) -> str:
     return "\n".join(lines)
 
 
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C, and often SIGTERM, reach every process of a run; the main one decides what happens."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _leave_signals_to_the_run(_: int) -> None:
+    """Ctrl-C, and often SIGTERM, reach the workers too, which are still needed; a second SIGTERM is to end them."""
+    for name in {"SIGINT", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

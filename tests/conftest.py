@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in child processes, too: tiny networks' threads wait for one another
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for a process that runs no script of this folder
 import pytest
 import torch
 

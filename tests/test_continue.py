@@ -1,5 +1,6 @@
 """Stop it anywhere, kill it anywhere: a run that is continued ends with the weights of one that was never disturbed."""
 
+import multiprocessing
 import os
 import pickle
 import random
@@ -24,23 +25,42 @@ ROUNDS = int(os.environ.get("KILL_ROUNDS", 2))  # 20 for a thorough look
 CHECKPOINT, PREVIOUS = Path("my_checkpoint.pth.tar"), Path("my_checkpoint.prev.pth.tar")
 
 
-def start(*flags: str, **options) -> subprocess.Popen:
+CONTEXT = multiprocessing.get_context("forkserver")  # importing train.py takes 5 s: once is enough
+CONTEXT.set_forkserver_preload(["train"])
+
+
+class Training(CONTEXT.Process):
     """A training process in the working directory, of a group of its own as if a terminal had started it."""
-    command = [sys.executable, "-u", ROOT / "train.py", *SMALL, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
-        **options,
-    )  # fmt: skip
 
+    def __init__(self, *flags: str, largest_file: int = resource.RLIM_INFINITY) -> None:
+        super().__init__(args=(flags, largest_file))
+        self.printed = Path("out.txt"), Path("err.txt")
+        for path in self.printed:
+            path.write_text("")
+        self.start()
 
-def wait_for(text: str, stream) -> str:
-    """Reads lines until one has the text, and returns them."""
-    lines = ""
-    while text not in lines and (line := stream.readline()):
-        lines += line
-    assert text in lines, lines
-    return lines
+    def run(self) -> None:
+        os.setsid()
+        multiprocessing.set_start_method("fork", force=True)  # of its workers: the server would have to import again
+        for number, path in enumerate(self.printed, start=1):
+            os.dup2(os.open(path, os.O_WRONLY), number)
+        sys.stdout.reconfigure(line_buffering=True)
+        flags, largest_file = self._args
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        utils.run(lambda: train.main([*SMALL, *flags]))
+
+    def output(self) -> str:
+        return "".join(path.read_text() for path in self.printed)
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.output():
+            assert self.is_alive() or text in self.output(), self.output()
+            time.sleep(0.01)
+
+    def status(self, timeout: float = 60) -> int | None:
+        """The exit status, minus the signal's number if one has ended it; None while it lives."""
+        self.join(timeout)
+        return self.exitcode
 
 
 def scores() -> list[dict[str, str]]:
@@ -53,13 +73,13 @@ def scores() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize(("precision", "workers"), [("bf16", "0"), ("fp32", "0")])
+@pytest.mark.parametrize(("precision", "workers"), [("bf16", "0"), ("fp32", "2")])
 def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project, precision, workers, kill):
     flags = ["--precision", precision, "--num-workers", workers, "--checkpoint-minutes", "0", "--num-epochs", "3"]
-    whole = start(*flags)
-    wait_for("train_loss", whole.stdout)
+    whole = Training(*flags)
+    whole.wait_for("train_loss")
     begun = time.monotonic()
-    assert whole.wait(120) == 0
+    assert whole.status() == 0, whole.output()
     seconds = time.monotonic() - begun
     wanted, wanted_scores = weights(), scores()
 
@@ -71,16 +91,14 @@ def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project,
         ended, kills_before = False, kills
         while not ended:
             has_begun = CHECKPOINT.exists() or PREVIOUS.exists()
-            process = start(*flags, *["--load-model"] * has_begun)
-            wait_for("train_loss", process.stdout)  # the table's head: from here on it trains
-            try:
-                ended = process.wait(moments.uniform(0, seconds / 2)) == 0
-            except subprocess.TimeoutExpired:
+            process = Training(*flags, *["--load-model"] * has_begun)
+            process.wait_for("train_loss")  # the table's head: from here on it trains
+            if process.status(moments.uniform(0, seconds / 2)) is None:
                 os.killpg(process.pid, kill)
-                ended = process.wait(30) == 0  # the signal came after the last step
                 kills += 1
+            ended = process.status() == 0  # also if the signal came after the last step
             statuses = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15)}  # -15: after training, when all is saved
-            assert ended or process.returncode in statuses[kill], process.stderr.read()
+            assert ended or process.exitcode in statuses[kill], process.output()
         assert same(wanted, weights())
         assert scores() == wanted_scores
         if kills > kills_before:
@@ -95,7 +113,8 @@ def test_when_torchrun_starts_it_again_it_goes_on_by_itself(project):
     flags = ["--num-epochs", "40", "--checkpoint-minutes", "0"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen([*run, *flags], env=os.environ | {"PYTHONUNBUFFERED": "1"}, **options) as process:
-        wait_for("  best", process.stdout)
+        while "  best" not in process.stdout.readline():
+            assert process.poll() is None
         worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
         os.kill(int(worker), signal.SIGKILL)
         out = process.communicate(timeout=120)[0]
@@ -110,12 +129,12 @@ def test_when_torchrun_starts_it_again_it_goes_on_by_itself(project):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_and_says_how_to_continue(project, number, status):
-    process = start("--num-epochs", "500", "--num-workers", "1")
-    wait_for("  best", process.stdout)
+    process = Training("--num-epochs", "500", "--num-workers", "1")
+    process.wait_for("  best")
     os.killpg(process.pid, number)  # as a terminal or Slurm does: to the workers too
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == status, err
-    assert "Traceback" not in out + err
+    assert process.status() == status, process.output()
+    out = process.output()
+    assert "Traceback" not in out
     epochs, images = re.search(
         r"after (\d+) epochs and (\d+) images of the next, which my_checkpoint.pth.tar holds: continue", out
     ).groups()
@@ -125,12 +144,12 @@ def test_a_signal_saves_and_says_how_to_continue(project, number, status):
 
 def test_a_second_ctrl_c_ends_at_once(project):
     slow = ["--image-height", "160", "--image-width", "240", "--features", "16", "32", "--batch-size", "64"]
-    process = start(*slow, "--num-epochs", "500")
-    wait_for("train_loss", process.stdout)
+    process = Training(*slow, "--num-epochs", "500")
+    process.wait_for("train_loss")
     os.kill(process.pid, signal.SIGINT)
-    wait_for("Ctrl-C again ends at once", process.stderr)
+    process.wait_for("Ctrl-C again ends at once")
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(30) == -signal.SIGINT
+    assert process.status() == -signal.SIGINT
     assert not CHECKPOINT.exists()
 
 
@@ -361,16 +380,11 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_load
     run_train("--num-epochs", "1")
     before = CHECKPOINT.read_bytes()
     limit = len(before) * 3 // 4  # bytes a file may have: the best weights fit, the newest state does not
-    process = start(
-        "--num-epochs",
-        "2",
-        "--load-model",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert re.search(r"^error: my_checkpoint.pth.tar could not be written \(.*\): make room", err, re.MULTILINE), err
-    assert "Traceback" not in err
+    process = Training("--num-epochs", "2", "--load-model", largest_file=limit)
+    assert process.status() == 1
+    out = process.output()
+    assert re.search(r"^error: my_checkpoint.pth.tar could not be written \(.*\): make room", out, re.MULTILINE), out
+    assert "Traceback" not in out
     assert CHECKPOINT.read_bytes() == before and utils.load_checkpoint(CHECKPOINT)["epoch"] == 1
     assert not list(Path().glob("*.tmp"))
 
