@@ -8,7 +8,7 @@ epochs on Carvana's thumbnails (32 x 48) Dice was 0.970; AdamW, at the best of i
 import torch
 from torch import Tensor, nn
 
-ROWS = 128  # at most, of a block that is orthogonalized by itself: as good as a whole matrix, in a fifth of the time
+ROWS = 64  # at most, of a block that is orthogonalized by itself: as good as a whole matrix, in a tenth of the time
 
 
 class Muon(torch.optim.Optimizer):
@@ -46,18 +46,22 @@ def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_d
             state |= {"step": 0, "momentum": torch.zeros_like(kernel)}
         state["step"] += 1
         state["momentum"].lerp_(kernel.grad, 0.1)
-        step = kernel.grad.lerp_(state["momentum"], 0.9).permute(0, 2, 3, 1)  # (out, h, w, in): as channels_last lies
-        block = max(number for number in range(1, ROWS + 1) if len(step) % number == 0)
-        steps.setdefault(block, []).append((kernel, step.reshape(-1, block, step[0].numel())))
+        step = kernel.grad.lerp_(state["momentum"], 0.9)
+        rows = max(number for number in range(1, ROWS + 1) if len(step) % number == 0)
+        steps.setdefault(rows, []).append((kernel, blocks(step, rows)))
 
-    for found in steps.values():
+    for rows, found in steps.items():
         factors = newton_schulz(torch.cat([step @ step.mT for _, step in found]))
         for (kernel, step), factor in zip(found, factors.split([len(step) for _, step in found]), strict=True):
-            rows, columns = len(kernel), step.shape[-1]
-            factor = factor * -lr * max(1, rows / columns) ** 0.5
-            height, width = kernel.shape[2:]
-            kernel.mul_(1 - lr * weight_decay)
-            kernel.add_((factor @ step).reshape(rows, height, width, -1).permute(0, 3, 1, 2))
+            scale = lr * max(1, len(kernel) / step.shape[-1]) ** 0.5
+            blocks(kernel, rows).baddbmm_(factor, step, beta=1 - lr * weight_decay, alpha=-scale)
+
+
+def blocks(tensor: Tensor, rows: int) -> Tensor:
+    """A view (N, rows, columns) of (N * rows, in, h, w); its columns may be in any order, as they lie in memory."""
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)  # as channels_last lies
+    return tensor.view(-1, rows, tensor[0].numel())
 
 
 def newton_schulz(gram: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class Stopped(Exception):
         self.signal = number
 
 
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _signals: list[int] = []  # that have arrived and wait for stop_if_asked
 
 
@@ -75,8 +76,7 @@ def signals_wait() -> Iterator[None]:
         _signals.append(number)
         os.write(2, b"\nStopping after this step; Ctrl-C again ends at once.\n")  # print is not safe in a handler
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, note) for number in numbers}
+    handlers = {number: signal.signal(number, note) for number in STOPPING}
     try:
         yield
     finally:
@@ -237,6 +237,35 @@ class EpochSampler(Sampler):
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
 
 
+class Loader(DataLoader):
+    """A DataLoader whose workers outlive the signals that stop a run, from their first moment: they are still needed.
+
+    Ctrl-C, and often SIGTERM, reach every process of a run. Signals that come while a worker starts wait until it has
+    its handlers.
+    """
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options, worker_init_fn=_leave_signals_to_the_run)
+
+    def __iter__(self) -> Iterator:
+        if not hasattr(signal, "pthread_sigmask"):  # on Windows, where signals reach one process
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """A second SIGTERM ends a worker: it is PyTorch's, or multiprocessing's when the run is over."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
 def get_loaders(
     train_img_dir: Path,
     train_mask_dir: Path,
@@ -264,10 +293,9 @@ def get_loaders(
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": _leave_signals_to_the_run,
     }
-    train_loader = DataLoader(train_set, batch_size, sampler=EpochSampler(len(train_set), seed), **options)
-    return train_loader, DataLoader(val_set, batch_size, **options)
+    train_loader = Loader(train_set, batch_size, sampler=EpochSampler(len(train_set), seed), **options)
+    return train_loader, Loader(val_set, batch_size, **options)
 
 
 def report(train: CarvanaDataset, val: CarvanaDataset) -> str:
@@ -296,13 +324,6 @@ def report(train: CarvanaDataset, val: CarvanaDataset) -> str:
     if copies:
         lines.append(f"WARNING: photos in both sets: {len(copies)}, such as {copies[0]}: scores will flatter")
     return "\n".join(lines)
-
-
-def _leave_signals_to_the_run(_: int) -> None:
-    """Ctrl-C, and often SIGTERM, reach the workers too, which are still needed; a second SIGTERM is to end them."""
-    for name in {"SIGINT", "SIGUSR1"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
