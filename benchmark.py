@@ -269,8 +269,8 @@ def our_run(s: SimpleNamespace) -> list[tuple[float, float]]:
 def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
     """Both recipes on the same data with the same network, each with three seeds: mean Dice after NUM_EPOCHS epochs.
 
-    error_ratio compares 1 - Dice. time_ratio compares the seconds until the classic recipe's last mean Dice; ours has two
-    tries at it, this run and one with an eighth of its NUM_EPOCHS. Both read the cache: decoding is in neither.
+    error_ratio compares 1 - Dice. time_ratio compares the seconds until the classic recipe's last mean Dice, which ours
+    may reach in this run or in one of an eighth of the NUM_EPOCHS. Both read the cache: decoding is in neither.
     """
     train.use_sample_if_empty(s)
     short = SimpleNamespace(**vars(s) | {"num_epochs": max(1, s.num_epochs // 8)})
