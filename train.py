@@ -4,7 +4,7 @@
     python train.py --num-epochs 10 --batch-size 16   # every constant is a flag of the same name, for one run
     python train.py --load-model --num-epochs 20      # continues from my_checkpoint.pth.tar up to epoch 20
 
-After every epoch look into saved_images/: pred_<n>.png is what the network says, <n>.png the truth, metrics.csv scores.
+Open saved_images/index.html in a browser: it shows what the network has learned after every epoch.
 """
 
 import math
@@ -30,6 +30,7 @@ import utils
 from dataset import UserError
 from model import UNet
 from optimizer import Muon
+from report import Report, save_train_batch
 from sample_data import draw_dataset
 
 # Your data: xxx.jpg in an image folder has its mask as xxx_mask.gif (or .png, ...) in the mask folder.
@@ -64,7 +65,9 @@ NUM_WORKERS = -1  # processes that load images; -1 chooses, 0 loads in this one
 LOAD_MODEL = False  # True continues from CHECKPOINT
 CHECKPOINT = "my_checkpoint.pth.tar"  # the newest state; the best weights go to my_checkpoint_best.pth.tar
 CHECKPOINT_MINUTES = 10.0  # between two checkpoints, of which every epoch's end has one, too
-SAVED_IMAGES_DIR = "saved_images"  # pictures and metrics.csv
+SAVED_IMAGES_DIR = "saved_images"  # pictures, metrics.csv, and a page to browse them: index.html
+PAGE_PHOTOS = 1000  # on that page, at most; smaller if large photos make it slow
+TENSORBOARD_DIR: str | None = None  # "runs" for those who use TensorBoard
 
 MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1 in photos (ImageNet's); the network sees (RGB - MEAN) / STD
 STD = (0.229, 0.224, 0.225)  # likewise
@@ -105,6 +108,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("CHECKPOINT", str, lambda v: v and not Path(v).is_dir(), "a file's name"),
         ("CHECKPOINT_MINUTES", number, lambda v: v >= 0, "a number, at least 0"),
         ("SAVED_IMAGES_DIR", str, bool, "a folder's name"),
+        ("PAGE_PHOTOS", whole, lambda v: v >= 1, "a whole number, at least 1"),
     ):
         value = getattr(s, name.lower())
         if not isinstance(value, kind) or isinstance(value, bool) or not is_valid(value):
@@ -152,6 +156,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     history: list[dict] = field(default_factory=list)  # the rows of metrics.csv, one for each epoch that has ended
+    photo_dice: list[list[float]] = field(default_factory=list)  # of each validation photo in each of these epochs
     best: float = -1.0  # Dice of the best epoch
     images: int = 0  # of the epoch under way that were trained on
     losses: dict[int, Tensor] = field(default_factory=dict)  # of its batches, summed; by the `images` before each
@@ -205,11 +210,11 @@ def train_epoch(
     start, steps_before = time.perf_counter() - state.seconds, steps_taken(state.optimizer)
     title = f"epoch {epoch + 1}/{s.num_epochs}"
     with tqdm(total=number, initial=state.images, desc=title, unit="img", leave=False, disable=None) as bar:
-        step = 0
+        step, line_due = 0, time.monotonic() + 60
         for step, (images, masks) in enumerate(loader, start=1):
             utils.stop_if_asked()
             if step == 1:
-                utils.save_train_batch(images, masks, s.mean, s.std, Path(s.saved_images_dir, "train_batch.png"))
+                save_train_batch(images, masks, s.mean, s.std, Path(s.saved_images_dir, "train_batch.png"))
             images, masks = utils.to_device(images, masks, device)
             lr = learning_rate((epoch + state.images / number) / s.num_epochs, s.learning_rate)
             loss = state.losses[state.images] = train_step(state, images, masks, lr, precision, s)
@@ -221,6 +226,9 @@ def train_epoch(
                 if not loss.isfinite():
                     break
             bar.update(len(images))
+            if bar.disable and time.monotonic() > line_due:  # no terminal: a line a minute in the log
+                print(f"{title}: {state.images} of {number} images, loss {loss.item() / len(images):.4f}", flush=True)
+                line_due = time.monotonic() + 60
             save_if_due()
         if state.scaler.is_enabled() and step and (skipped := step + steps_before - steps_taken(state.optimizer)):
             tqdm.write(f"{skipped} of {step} steps were skipped since a gradient overflowed fp16: a few are normal.")
@@ -246,6 +254,39 @@ def estimate_statistics(loader: DataLoader, model: UNet, precision: torch.dtype)
             model(utils.to_device(images, masks, device)[0])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def end_epoch(
+    train_loader: DataLoader, val_loader: DataLoader, state: State, precision: torch.dtype, report: Report
+) -> bool:
+    """Validates, and adds a row to the history; returns whether it is the best."""
+    device = next(state.model.parameters()).device
+    start, number = time.perf_counter(), len(train_loader.dataset)
+    estimate_statistics(train_loader, state.model, precision)
+    metrics = utils.check_accuracy(val_loader, state.model, device, precision, report.add)
+    predicted, photo_dice = metrics.pop("predicted"), metrics.pop("photo_dice")
+    row = {
+        "epoch": len(state.history) + 1,
+        "train_loss": (torch.stack(list(state.losses.values())).sum() / number).item(),
+        **metrics,
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "seconds": state.seconds + time.perf_counter() - start,
+        "images_per_second": number / state.seconds,
+    }
+    is_best = row["dice"] > state.best
+    state.history.append(row)
+    state.photo_dice.append(photo_dice)
+    state.best = max(state.best, row["dice"])
+    state.images, state.losses, state.seconds = 0, {}, 0.0
+    report.finish(state.history, state.photo_dice)
+    if predicted in (0, 1):
+        share = 100 * train_loader.dataset.infos["foreground"].mean()
+        print(
+            f"WARNING: it predicts {('background', 'foreground')[int(predicted)]} for every pixel, and {share:.1f} % "
+            "of the training masks are foreground: raise NUM_EPOCHS, or for objects of a few pixels IMAGE_HEIGHT and "
+            "IMAGE_WIDTH"
+        )
+    return is_best
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> int:
@@ -304,12 +345,12 @@ def restore(state: State, checkpoint: dict, header: dict) -> None:
         group["weight_decay"] = header["settings"]["weight_decay"]
     if checkpoint["scaler"]:  # empty unless it was trained in fp16
         state.scaler.load_state_dict(checkpoint["scaler"])
-    state.history, state.best = checkpoint["history"], checkpoint["best"]
+    state.history, state.photo_dice, state.best = (checkpoint[name] for name in ("history", "photo_dice", "best"))
 
     data, data_before = header["data"], checkpoint["data"]
     if data["val"] != data_before["val"]:
         print("The validation photos have changed: scores before and after do not compare, and a new best is sought.")
-        state.best = -1.0
+        state.best, state.photo_dice = -1.0, []
     if not utils.sibling(Path(header["settings"]["checkpoint"]), "_best").exists():
         state.best = -1.0
     if data["train"] != data_before["train"]:
@@ -333,6 +374,7 @@ def save(s: SimpleNamespace, header: dict, state: State, writer: utils.Checkpoin
     newest = weights | {
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
+        "photo_dice": state.photo_dice,
         "best": state.best,
         "images": state.images,
         "losses": {images: loss.item() for images, loss in state.losses.items()},
@@ -369,9 +411,8 @@ def train(s: SimpleNamespace) -> None:
     if (number % s.batch_size or s.batch_size) == 1 and max(s.image_height, s.image_width) <= 2 ** len(s.features):
         raise UserError(f"BATCH_SIZE {s.batch_size} leaves one image for a step, too few at this size: choose another")
 
-    foreground = train_loader.dataset.infos["foreground"].mean()
     utils.tune(device, precision)
-    state = new_state(s, device, precision, foreground)
+    state = new_state(s, device, precision, train_loader.dataset.infos["foreground"].mean())
     header = {  # of every checkpoint
         "model": {"in_channels": 3, "out_channels": 1, "features": list(s.features)},
         "preprocessing": {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std},
@@ -381,7 +422,11 @@ def train(s: SimpleNamespace) -> None:
     if checkpoint:
         restore(state, checkpoint, header)
 
-    with utils.CheckpointWriter() as writer, utils.signals_wait():
+    report = Report(
+        Path(s.saved_images_dir), val_loader.dataset, s.page_photos, vars(s),
+        utils.describe(train_loader.dataset, val_loader.dataset), s.tensorboard_dir,
+    )  # fmt: skip
+    with utils.CheckpointWriter() as writer, report, utils.signals_wait():
         print(f"Training on {device} in {str(precision).removeprefix('torch.')}, {s.batch_size} images a step.")
         print("epoch  train_loss  val_loss  pixel_accuracy    dice     iou  seconds")
 
@@ -393,35 +438,14 @@ def train(s: SimpleNamespace) -> None:
         try:
             while len(state.history) < s.num_epochs:
                 train_epoch(train_loader, state, precision, s, save_if_due)
-                start = time.perf_counter()
-                estimate_statistics(train_loader, state.model, precision)
-                metrics = utils.check_accuracy(val_loader, state.model, device, precision, Path(s.saved_images_dir))
-                predicted = metrics.pop("predicted")
-                row = {
-                    "epoch": len(state.history) + 1,
-                    "train_loss": (torch.stack(list(state.losses.values())).sum() / number).item(),
-                    **metrics,
-                    "learning_rate": state.optimizer.param_groups[0]["lr"],
-                    "seconds": state.seconds + time.perf_counter() - start,
-                    "images_per_second": number / state.seconds,
-                }
-                is_best = row["dice"] > state.best
-                state.history.append(row)
-                state.best = max(state.best, row["dice"])
-                state.images, state.losses, state.seconds = 0, {}, 0.0
+                is_best = end_epoch(train_loader, val_loader, state, precision, report)
                 utils.save_metrics(state.history, Path(s.saved_images_dir, "metrics.csv"))
                 save(s, header, state, writer, is_best)
                 print(
                     "{epoch:5}  {train_loss:10.4f}  {val_loss:8.4f}  {pixel_accuracy:14.4f}  {dice:6.4f}  {iou:6.4f}"
-                    "  {seconds:7.1f}".format(**row)
+                    "  {seconds:7.1f}".format(**state.history[-1])
                     + "  best" * is_best
                 )
-                if predicted in (0, 1):
-                    print(
-                        f"WARNING: it predicts {('background', 'foreground')[int(predicted)]} for every pixel, and "
-                        f"{100 * foreground:.1f} % of the training masks are foreground: raise NUM_EPOCHS, or for "
-                        "objects of a few pixels IMAGE_HEIGHT and IMAGE_WIDTH"
-                    )
         except utils.Stopped as stopped:
             if not state.history and not state.images:
                 print(f"Stopped by {stopped} before the first step: nothing was saved.")
@@ -440,7 +464,8 @@ def train(s: SimpleNamespace) -> None:
     state.model.load_state_dict(utils.load_checkpoint(best)["state_dict"])
     full = utils.full_size_dice(val_loader, state.model, device, precision)
     print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' own size.")
-    print(f"Look into {s.saved_images_dir}/. The best weights are in {best}, the newest state in {s.checkpoint}.")
+    print(f"The best weights are in {best}, the newest state in {s.checkpoint}.")
+    print(f"Look at {Path(s.saved_images_dir, 'index.html').resolve().as_uri()}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -288,7 +288,7 @@ def get_loaders(
     val_set = CarvanaDataset(val_img_dir, val_mask_dir, size, val_transform, seed)
     for data in (train_set, val_set):
         data.prepare(cache_dir)
-    print(report(train_set, val_set))
+    print(describe(train_set, val_set))
     options = {
         "num_workers": num_workers,
         "pin_memory": pin_memory,
@@ -298,7 +298,7 @@ def get_loaders(
     return train_loader, Loader(val_set, batch_size, **options)
 
 
-def report(train: CarvanaDataset, val: CarvanaDataset) -> str:
+def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
     """What two prepared sets hold, a line each, and a line for everything that smells of a mistake."""
     lines = ["set    pairs  photos                      foreground min, median, max     empty masks"]
     for name, data in (("train", train), ("val", val)):
@@ -556,44 +556,46 @@ def full_size_dice(loader: DataLoader, model: nn.Module, device: torch.device, p
 
 @torch.inference_mode()
 def check_accuracy(
-    loader: DataLoader, model: nn.Module, device: torch.device, precision: torch.dtype, folder: Path | None = None
-) -> dict[str, float]:
-    """Validates: {"val_loss", "pixel_accuracy", "dice", "iou", "predicted"}, each a mean over the loader's images.
+    loader: DataLoader,
+    model: nn.Module,
+    device: torch.device,
+    precision: torch.dtype,
+    show: Callable[[Tensor, Tensor], None] | None = None,
+) -> dict[str, float | list[float]]:
+    """Validates: {"val_loss", "pixel_accuracy", "dice", "iou", "predicted", "photo_dice"}.
 
-    "predicted" is the share of pixels that are predicted as foreground.
-
-    The model's weights and BatchNorm statistics stay as they are, and so does its mode. With a folder, every batch's
-    predictions are saved there as it passes (save_predictions_as_imgs).
+    All but the last are means over the loader's images. "predicted" is the share of pixels that are predicted as
+    foreground, "photo_dice" each image's Dice. The model's weights and BatchNorm statistics stay as they are, and so
+    does its mode. `show` gets every batch as it passes: logits and masks float32 (N, 1, H, W) on the device.
     """
     was_training = model.training
     model.eval()
     losses, counts = [], []  # stay on the device until the end, so that nothing waits for it in between
     with tqdm(total=len(loader.dataset), desc="validating", unit="img", leave=False, disable=None) as bar:
-        for number, (images, masks) in enumerate(loader):
+        for images, masks in loader:
             stop_if_asked()
             images, masks = to_device(images, masks, device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 logits = model(images)
             logits = logits.float()
             losses.append(F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((1, 2, 3)))
-            predictions = logits > 0  # sigmoid(logits) > 0.5
-            counts.append(torch.stack(confusion(predictions, masks > 0)))
-            if folder is not None:
-                save_predictions_as_imgs(predictions, masks, number, folder)
-            if number % 10 == 0:
+            counts.append(torch.stack(confusion(logits > 0, masks > 0)))  # sigmoid(logits) > 0.5
+            if show:
+                show(logits, masks)
+            if len(losses) % 10 == 1:
                 bar.set_postfix(loss=f"{losses[-1].mean().item():.4f}", refresh=False)
             bar.update(len(images))
     model.train(was_training)
-    if folder is not None:
-        remove_older_pictures(len(losses), folder)
 
     tp, fp, fn, tn = torch.cat(counts, dim=1).cpu().double()
+    photo_dice = dice_scores(tp, fp, fn)
     return {
         "val_loss": torch.cat(losses).mean().item(),
         "pixel_accuracy": ((tp + tn) / (tp + fp + fn + tn)).mean().item(),
-        "dice": dice_scores(tp, fp, fn).mean().item(),
+        "dice": photo_dice.mean().item(),
         "iou": iou_scores(tp, fp, fn).mean().item(),
         "predicted": ((tp + fp) / (tp + fp + fn + tn)).mean().item(),
+        "photo_dice": photo_dice.tolist(),
     }
 
 
@@ -606,24 +608,6 @@ def save_predictions_as_imgs(predictions: Tensor, masks: Tensor, number: int, fo
     for name, batch in ((f"pred_{number}.png", predictions), (f"{number}.png", masks)):
         with saving(folder / name) as temporary:
             save_image(batch.float(), temporary, format="png", nrow=4, pad_value=0.5)
-
-
-def remove_older_pictures(number: int, folder: Path) -> None:
-    """Removes pred_<n>.png and <n>.png from n = number on, which an earlier run with more batches has left."""
-    while (prediction := folder / f"pred_{number}.png").exists() and (truth := folder / f"{number}.png").exists():
-        prediction.unlink()
-        truth.unlink()
-        number += 1
-
-
-def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, path: Path) -> None:
-    """Saves a batch as the network sees it, augmented, (N, 3, H, W) and (N, H, W), with the masks outlined."""
-    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    masks = masks[:, None]
-    outline = F.max_pool2d(masks, 3, stride=1, padding=1) > masks  # the background next to foreground
-    picture = torch.where(outline, torch.tensor((1.0, 0.9, 0.0)).view(3, 1, 1), images * std + mean)
-    with saving(path) as temporary:
-        save_image(picture.clamp(0, 1), temporary, format="png", nrow=4, pad_value=0.5)
 
 
 def save_metrics(history: list[dict], path: Path) -> None:

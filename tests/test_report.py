@@ -15,7 +15,7 @@ def report(cache: Path | None = None) -> list[str]:
     sets = [CarvanaDataset(Path(f"data/{n}_images"), Path(f"data/{n}_masks"), (32, 48)) for n in ("train", "val")]
     for data in sets:
         data.prepare(cache)
-    return utils.report(*sets).splitlines()
+    return utils.describe(*sets).splitlines()
 
 
 def change_masks(folder: str, change) -> None:

@@ -1,0 +1,269 @@
+"""What a run leaves to look at: predictions, overlays, curves, and a page to browse them."""
+
+import base64
+import copy
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import jinja2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from torchvision.utils import save_image
+
+from dataset import CarvanaDataset, UserError
+from utils import confusion, dice_scores, save_predictions_as_imgs, saving
+
+# Colours that colour-blind people can tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color/
+RIGHT, MISSED, INVENTED = (86, 180, 233), (240, 228, 66), (213, 94, 0)
+BLUE, VERMILION = "#0072b2", "#d55e00"
+PAGE_WIDTH = 480  # pixels of a photo on the page, at most
+
+
+class Report:
+    """Draws a run's pictures in a thread beside training. A context manager, whose end waits for the last of them.
+
+    Its methods raise UserError where something could not be written.
+
+    Args:
+        folder: saved_images/.
+        data: the prepared validation set.
+        max_photos: on the page; of more, so many are shown, evenly spaced.
+        settings: of the run, by name, for the page.
+        data_report: utils.describe's text, likewise.
+        tensorboard_dir: gets events for TensorBoard, if it is not None.
+    """
+
+    def __init__(
+        self, folder: Path, data: CarvanaDataset, max_photos: int, settings: dict[str, object], data_report: str,
+        tensorboard_dir: str | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.data, self.settings, self.data_report = folder, data, settings, data_report
+        shown = np.linspace(0, len(data) - 1, min(max_photos, len(data))).round().astype(int)
+        self.pictures = {index: {} for index in shown.tolist()}  # of the photos on the page, by their index
+        self.batches = self.photos = 0  # of the validation under way
+        self.board = tensorboard_writer(tensorboard_dir, settings) if tensorboard_dir else None
+
+    def __enter__(self) -> "Report":
+        self.thread, self.pending = ThreadPoolExecutor(1), deque[Future]()
+        return self
+
+    def __exit__(self, error: type | None, *_: object) -> None:
+        self.thread.shutdown()
+        while self.pending and not error:
+            self.pending.popleft().result()
+
+    def add(self, logits: Tensor, masks: Tensor) -> None:
+        """Has the validation set's next batch drawn: logits and masks float32 (N, 1, H, W), on any device."""
+        batch = (logits.sigmoid() * 255).byte(), logits > 0, masks > 0
+        self._later(self._draw_batch, self.batches, self.photos, *(tensor.cpu() for tensor in batch))
+        self.batches, self.photos = self.batches + 1, self.photos + len(masks)
+
+    def finish(self, history: list[dict], photo_dice: list[list[float]]) -> None:
+        """Has curves and page drawn, after an epoch's last batch.
+
+        Args:
+            history: the rows of metrics.csv.
+            photo_dice: each validation photo's Dice in each epoch.
+        """
+        self._later(self._draw_run, self.batches, copy.deepcopy(history), photo_dice.copy())
+        self.batches = self.photos = 0
+
+    def _later(self, work: Callable, *args: object) -> None:
+        while len(self.pending) > 8:  # each holds a batch
+            self.pending.popleft().result()
+        self.pending.append(self.thread.submit(work, *args))
+
+    def _draw_batch(self, number: int, first: int, probabilities: Tensor, predictions: Tensor, masks: Tensor) -> None:
+        save_predictions_as_imgs(predictions, masks, number, self.folder)
+        dice = dice_scores(*confusion(predictions, masks)[:3]).tolist()
+        tiles = []
+        for offset, (probability, prediction, mask) in enumerate(
+            zip(*(batch[:, 0].numpy() for batch in (probabilities, predictions, masks)), strict=True)
+        ):
+            image = self.data.sample(first + offset)[0]
+            layer = errors(mask, prediction)
+            tiles.append(label(laid_over(image, layer), f"{dice[offset]:.4f}"))
+            if first + offset in self.pictures:
+                self.pictures[first + offset] = page_pictures(image, mask, prediction, layer, probability)
+        overlay = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
+        with saving(self.folder / f"overlay_{number}.png") as temporary:
+            save_image(overlay, temporary, format="png", nrow=4, pad_value=0.5)
+
+    def _draw_run(self, batches: int, history: list[dict], photo_dice: list[list[float]]) -> None:
+        remove_older_pictures(batches, self.folder)
+        draw_curves(history, self.folder / "curves.png")
+        photos = [
+            SimpleNamespace(
+                name=self.data.pairs[index][0].name,
+                foreground=self.data.infos["foreground"][index].item(),
+                dice=[epoch[index] for epoch in photo_dice],
+                pictures=pictures,
+            )
+            for index, pictures in self.pictures.items()
+        ]
+        write_page(self.folder, history, photos, len(self.data), self.settings, self.data_report)
+        if self.board:
+            log_to_tensorboard(self.board, history[-1], self.folder, batches)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def errors(mask: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Two bool (H, W) -> a layer RGBA uint8 (H, W, 4): what is right, missed, invented, and the truth's outline."""
+    layer = np.zeros((*mask.shape, 4), np.uint8)
+    for where, colour, alpha in (
+        (mask & prediction, RIGHT, 100),
+        (mask & ~prediction, MISSED, 200),
+        (~mask & prediction, INVENTED, 200),
+    ):
+        layer[where] = *colour, alpha
+    layer[outline(mask)] = 255
+    return layer
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The background next to foreground: bool (H, W) -> bool (H, W)."""
+    return (cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0) & ~mask
+
+
+def laid_over(image: np.ndarray, layer: np.ndarray) -> np.ndarray:
+    """A layer RGBA on a photo RGB, both uint8."""
+    alpha = layer[..., 3:].astype(np.uint16)
+    return ((image * (255 - alpha) + layer[..., :3] * alpha) // 255).astype(np.uint8)
+
+
+def label(tile: np.ndarray, text: str) -> np.ndarray:
+    """Writes a text into the tile's lower left corner, white with a black rim."""
+    size = max(0.3, tile.shape[0] / 400)
+    for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+        place = 4, tile.shape[0] - 5
+        cv2.putText(tile, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA)
+    return tile
+
+
+def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, path: Path) -> None:
+    """Saves a batch as the network sees it, augmented, (N, 3, H, W) and (N, H, W), with the masks outlined."""
+    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    masks = masks[:, None]
+    outlines = F.max_pool2d(masks, 3, stride=1, padding=1) > masks
+    picture = torch.where(outlines, torch.tensor((1.0, 0.9, 0.0)).view(3, 1, 1), images * std + mean)
+    with saving(path) as temporary:
+        save_image(picture.clamp(0, 1), temporary, format="png", nrow=4, pad_value=0.5)
+
+
+def remove_older_pictures(number: int, folder: Path) -> None:
+    """Removes the pictures of batches from `number` on, which an earlier run with more batches has left."""
+    while (prediction := folder / f"pred_{number}.png").exists() and (truth := folder / f"{number}.png").exists():
+        prediction.unlink()
+        truth.unlink()
+        (folder / f"overlay_{number}.png").unlink(missing_ok=True)
+        number += 1
+
+
+def draw_curves(history: list[dict], path: Path) -> None:
+    """Draws the columns of metrics.csv over the epochs, 800 x 600 pixels."""
+    figure = Figure(figsize=(8, 6), dpi=100, layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axes, title, lines in zip(
+        figure.subplots(2, 2).flat,
+        ("Loss", "Dice and IoU", "Pixel accuracy", "Learning rate"),
+        (("train_loss", "val_loss"), ("dice", "iou"), ("pixel_accuracy",), ("learning_rate",)),
+        strict=True,
+    ):
+        for name, colour, marker in zip(lines, (BLUE, VERMILION), ("o", "s"), strict=False):
+            values = [row[name] for row in history]
+            axes.plot(epochs, values, marker, ls="-", color=colour, ms=4 if len(epochs) < 50 else 0, label=name)
+        if len(lines) > 1:
+            axes.legend()
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    with saving(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def page_pictures(
+    image: np.ndarray, mask: np.ndarray, prediction: np.ndarray, layer: np.ndarray, probability: np.ndarray
+) -> dict[str, str]:
+    """What page.html shows of a photo, as data URIs: the photo, and what can be laid over it."""
+    height, width = mask.shape
+    size = min(PAGE_WIDTH, width), max(1, height * min(PAGE_WIDTH, width) // width)
+    smooth = {"dsize": size, "interpolation": cv2.INTER_AREA}
+    sharp = {"dsize": size, "interpolation": cv2.INTER_NEAREST}
+    bilevel = cv2.IMWRITE_PNG_BILEVEL, 1
+    return {
+        "photo": data_uri("jpeg", cv2.cvtColor(cv2.resize(image, **smooth), cv2.COLOR_RGB2BGR)),
+        "truth": data_uri("png", cv2.resize(mask * np.uint8(255), **sharp), *bilevel),
+        "prediction": data_uri("png", cv2.resize(prediction * np.uint8(255), **sharp), *bilevel),
+        "errors": data_uri("png", cv2.cvtColor(cv2.resize(layer, **sharp), cv2.COLOR_RGBA2BGRA)),
+        "probability": data_uri("jpeg", cv2.resize(probability, **smooth)),
+    }
+
+
+def data_uri(kind: str, picture: np.ndarray, *options: int) -> str:
+    """A picture in OpenCV's order of colours as a URI that holds it."""
+    encoded = cv2.imencode(f".{kind}", picture, options)[1]
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}")
+
+
+def write_page(
+    folder: Path, history: list[dict], photos: list[SimpleNamespace], number: int, settings: dict, data_report: str
+) -> None:
+    """Writes index.html, which needs no other file, from page.html."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    curves = base64.b64encode((folder / "curves.png").read_bytes()).decode()
+    page = environment.get_template("page.html").render(
+        history=history,
+        best=max(history, key=lambda row: row["dice"]),
+        photos=sorted(photos, key=lambda photo: photo.dice[-1]),
+        number=number,
+        settings=settings,
+        data_report=data_report,
+        curves=Markup(f"data:image/png;base64,{curves}"),
+        colours={"right": RIGHT, "missed": MISSED, "invented": INVENTED},
+    )
+    with saving(folder / "index.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorBoard
+
+
+def tensorboard_writer(folder: str, settings: dict[str, object]) -> object:
+    """A SummaryWriter that has logged the settings. Raises UserError if the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"TENSORBOARD_DIR is {folder}, which needs a package: pip install tensorboard") from error
+    board = SummaryWriter(folder)
+    board.add_text("settings", "\n".join(f"    {name} = {value!r}" for name, value in settings.items()))
+    return board
+
+
+def log_to_tensorboard(board: object, row: dict, folder: Path, batches: int) -> None:
+    """Logs an epoch's row of metrics.csv and its first overlays."""
+    for name, value in row.items():
+        board.add_scalar(name, value, row["epoch"])
+    for number in range(min(4, batches)):
+        overlay = cv2.cvtColor(cv2.imread(str(folder / f"overlay_{number}.png")), cv2.COLOR_BGR2RGB)
+        board.add_image(f"overlay_{number}", overlay, row["epoch"], dataformats="HWC")
+    board.flush()

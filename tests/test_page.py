@@ -1,0 +1,134 @@
+"""The page of a real run in a real browser."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import train
+from conftest import SMALL
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright: pip install playwright")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+pytestmark = pytest.mark.skipif(not BROWSER, reason="needs a browser: apt-get install chromium")
+
+EVIL = """ä "b" & 'c' <img src=x onerror=alert(1)>.jpg"""
+
+
+@pytest.fixture(scope="module")
+def page_file(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copytree(drawn, folder / "data")
+    photo = sorted((folder / "data/val_images").iterdir())[5]
+    photo.rename(photo.with_name(EVIL))
+    mask = folder / f"data/val_masks/{photo.stem}_mask.gif"
+    mask.rename(mask.with_name(Path(EVIL).stem + "_mask.gif"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main([*SMALL, "--num-epochs", "2"])
+    return folder / "saved_images" / "index.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["sync_api.Browser"]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: "sync_api.Browser", page_file: Path) -> Iterator["sync_api.Page"]:
+    """The opened page; afterwards there must have been no error, no dialog and no request beside the page's own."""
+    page = browser.new_page()
+    wrong = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: None if request.url.startswith("data:") else wrong.append(request.url))
+    page.goto(page_file.as_uri())
+    yield page
+    assert wrong == [page_file.as_uri()]
+    page.close()
+
+
+def visible(page: "sync_api.Page") -> str:
+    """What lies over the first photo."""
+    images = page.locator("main figure").first.locator("img").all()
+    return " ".join(image.get_attribute("class") or "photo" for image in images if image.is_visible())
+
+
+def names(page: "sync_api.Page") -> list[str]:
+    return page.locator("main figcaption b").all_inner_texts()
+
+
+def values(page: "sync_api.Page", name: str) -> list[float]:
+    return page.locator("main figure").evaluate_all(f"figures => figures.map(figure => +figure.dataset.{name})")
+
+
+def test_photos_load(page):
+    for image in page.locator("main img").all()[:10]:
+        if image.is_visible():
+            image.scroll_into_view_if_needed()
+            assert image.evaluate("async image => { await image.decode(); return image.naturalWidth }") == 48
+    assert page.locator(".curves").evaluate("image => image.naturalWidth") == 800
+    assert len(names(page)) == 32
+    assert all(image.get_attribute("alt") for image in page.locator("img").all())
+
+
+def test_file_names_are_text(page):
+    assert EVIL in names(page)
+    page.get_by_role("button", name=f"Enlarge {EVIL}").click()
+    assert page.locator("dialog b").inner_text() == EVIL
+
+
+def test_views_switch_by_mouse_and_by_key(page):
+    assert visible(page) == "photo errors"
+    page.get_by_label("truth").check()
+    assert visible(page) == "photo truth"
+    page.keyboard.press("1")
+    assert visible(page) == "photo"
+    page.keyboard.press("5")
+    assert visible(page) == "photo probability"
+    page.get_by_label("probability").focus()
+    page.keyboard.press("ArrowLeft")
+    assert visible(page) == "photo errors"
+
+
+def test_photos_are_sorted_by_mouse_and_by_key(page):
+    worst_first = values(page, "dice")
+    assert worst_first == sorted(worst_first)
+    page.locator("#order").select_option("foreground")
+    assert values(page, "foreground") == sorted(values(page, "foreground")) != values(page, "dice")
+    page.locator("#order").focus()
+    page.keyboard.press("n")  # of a list the option that begins so
+    found = names(page)
+    assert sorted(found) != found or found[0] == min(found)
+    assert page.locator("#order").input_value() == "name"
+    assert values(page, "dice") != worst_first
+
+
+def test_a_photo_is_enlarged_and_the_arrows_go_on(page):
+    page.get_by_role("button").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("dialog b").inner_text() == names(page)[0]
+    assert page.locator("dialog img").first.bounding_box()["width"] > 600
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("dialog b").inner_text() == names(page)[1]
+    page.keyboard.press("2")
+    assert page.locator("dialog img.truth").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("dialog").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_two_columns_and_does_not_scroll_sideways(page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    tops = page.locator("main figure").evaluate_all("figures => figures.map(f => f.getBoundingClientRect().top)")
+    assert tops[0] == tops[1] < tops[2]
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]

@@ -1,0 +1,142 @@
+"""What a run leaves in saved_images/, apart from what a browser makes of the page."""
+
+import builtins
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows
+from PIL import Image
+
+import report
+import train
+import utils
+
+
+def picture(path: str) -> np.ndarray:
+    return np.asarray(Image.open(f"saved_images/{path}").convert("RGB"))
+
+
+def page() -> str:
+    return Path("saved_images/index.html").read_text(encoding="utf-8")
+
+
+def test_errors_have_colours_and_the_truth_an_outline():
+    mask = np.zeros((6, 8), bool)
+    mask[2:4, 2:5] = True
+    prediction = np.roll(mask, 2, axis=1)
+    layer = report.errors(mask, prediction)
+    assert tuple(layer[2, 4, :3]) == report.RIGHT
+    assert tuple(layer[2, 2, :3]) == report.MISSED
+    assert tuple(layer[2, 6, :3]) == report.INVENTED
+    assert tuple(layer[1, 2]) == tuple(layer[2, 5]) == (255, 255, 255, 255)
+    assert not layer[0].any() and not layer[:, 0].any()
+
+
+def test_a_layer_covers_a_photo_as_far_as_it_is_opaque():
+    image = np.full((1, 3, 3), 100, np.uint8)
+    layer = np.array([[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 100, 51]]], np.uint8)
+    assert report.laid_over(image, layer).tolist() == [[[100, 100, 100], [200, 0, 0], [120, 80, 100]]]
+
+
+def test_there_is_an_overlay_of_every_batch(project, run_train):
+    run_train("--num-epochs", "1", "--batch-size", "14")  # 32 photos: 14, 14 and 4
+    assert sorted(path.name for path in Path("saved_images").glob("overlay_*")) == [
+        f"overlay_{n}.png" for n in range(3)
+    ]
+    for number in range(3):
+        assert picture(f"overlay_{number}.png").shape == picture(f"{number}.png").shape
+    tile, truth = picture("overlay_0.png")[2:34, 2:50], picture("0.png")[2:34, 2:50, 0] > 0
+    assert (tile[report.outline(truth)][:10] == 255).all()
+    run_train("--num-epochs", "1", "--batch-size", "32")
+    assert [path.name for path in Path("saved_images").glob("overlay_*")] == ["overlay_0.png"]
+
+
+def test_curves_and_page_go_on_with_the_run(project, run_train):
+    run_train("--num-epochs", "1")
+    assert picture("curves.png").shape == (600, 800, 3)
+    first = picture("curves.png")
+    assert "<polyline" not in page()
+    run_train("--num-epochs", "2", "--load-model")
+    assert (picture("curves.png") != first).any()
+    text = page()
+    assert text.count("<figure") == text.count("<polyline") == 32
+    assert f"Dice {float(rows()[1]['dice']):.4f} after epoch 2 of 2" in text
+
+
+def test_the_page_shows_each_photos_dice_worst_first(project, run_train):
+    run_train("--num-epochs", "1")
+    shown = [float(dice) for dice in re.findall('data-dice="(.*?)"', page())]
+    assert shown == sorted(shown) and shown[0] < shown[-1]
+    assert np.mean(shown) == pytest.approx(float(rows()[0]["dice"]), abs=1e-9)
+
+
+def test_of_many_photos_the_page_shows_some(project, run_train):
+    run_train("--num-epochs", "1", "--page-photos", "5")
+    names = sorted(re.findall('data-name="(.*?)"', page()))
+    all_names = sorted(path.name for path in Path("data/val_images").iterdir())
+    assert names == [all_names[index] for index in (0, 8, 16, 23, 31)]
+    assert "5 of 32 validation photos" in page()
+
+
+def test_large_photos_are_made_smaller_for_the_page():
+    image, mask = np.full((700, 960, 3), 90, np.uint8), np.zeros((700, 960), bool)
+    uris = report.page_pictures(image, mask, mask, report.errors(mask, mask), mask.astype(np.uint8))
+    for uri in uris.values():
+        import base64
+        import io
+
+        assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == (480, 350)
+
+
+def test_a_page_that_cannot_be_written_ends_the_run_with_a_sentence(project, run_train):
+    Path("saved_images/index.html").mkdir(parents=True)
+    with pytest.raises(utils.UserError, match=r"index.html could not be written"):
+        run_train("--num-epochs", "2")
+
+
+def test_a_log_has_a_line_a_minute_instead_of_a_bar(project, run_train, monkeypatch, capsys):
+    now = iter(range(0, 100_000, 25))
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
+    run_train("--num-epochs", "1")
+    out, err = capsys.readouterr()
+    assert re.search(r"^epoch 1/1: \d+ of 64 images, loss 0\.\d{4}$", out, re.MULTILINE)
+    assert "\r" not in out + err
+
+
+def test_tensorboard_gets_scores_overlays_and_settings(project, run_train):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_train("--num-epochs", "2", "--tensorboard-dir", "runs")
+    events = EventAccumulator("runs")
+    events.Reload()
+    assert [event.step for event in events.Scalars("dice")] == [1, 2]
+    assert events.Scalars("dice")[1].value == pytest.approx(float(rows()[1]["dice"]))
+    assert [event.step for event in events.Images("overlay_0")] == [1, 2]
+    assert "LEARNING_RATE = 0.05".lower() in str(events.Tensors("settings/text_summary")[0]).lower()
+
+
+def test_a_missing_tensorboard_is_named_with_its_install_line(project, run_train, monkeypatch):
+    imported = builtins.__import__
+
+    def refuse(name, *args):
+        if name == "torch.utils.tensorboard":
+            raise ImportError(name)
+        return imported(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(utils.UserError, match="pip install tensorboard"):
+        run_train("--num-epochs", "1", "--tensorboard-dir", "runs")
+
+
+def test_drawing_changes_no_weight(project, run_train):
+    run_train("--num-epochs", "2")
+    drawn = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
+    run_train("--num-epochs", "2", "--page-photos", "1")
+    again = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn)
