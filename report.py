@@ -238,10 +238,11 @@ def write_page(
         settings=settings,
         data_report=data_report,
         curves=Markup(f"data:image/png;base64,{curves}"),
+        span=max(1 - min((min(photo.dice) for photo in photos), default=0), 1e-3),  # of the curves of Dice
         colours={"right": RIGHT, "missed": MISSED, "invented": INVENTED},
     )
     with saving(folder / "index.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # a name may be no text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import train
 from conftest import SMALL
+
+import train
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright: pip install playwright")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
