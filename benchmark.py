@@ -172,7 +172,7 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
             state.optimizer = torch.optim.AdamW(state.model.parameters(), fused=True)
         model = state.model
         images = images.contiguous(memory_format=utils.memory_format(device))
-        step = partial(train.train_step, state, images, masks, s.learning_rate, precision, s)
+        step = partial(train.train_step, state, images, masks, s.learning_rate, precision, s, len(images))
 
     def steps(number: int) -> None:
         for _ in range(number):
@@ -248,7 +248,7 @@ def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     start, found = time.perf_counter(), []
     for epoch in range(s.num_epochs):
-        train_loader.sampler.epoch = epoch
+        train_loader.batch_sampler.epoch = epoch
         for images, masks in train_loader:
             classic_step(model, optimizer, images.to(device), masks.to(device).unsqueeze(1))
         dice = utils.check_accuracy(val_loader, model, device, torch.float32)["dice"]

@@ -48,20 +48,20 @@ def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_d
         state["momentum"].lerp_(kernel.grad, 0.1)
         step = kernel.grad.lerp_(state["momentum"], 0.9)
         rows = max(number for number in range(1, ROWS + 1) if len(step) % number == 0)
-        steps.setdefault(rows, []).append((kernel, blocks(step, rows)))
+        steps.setdefault(rows, []).append((kernel, blocks(step, kernel, rows)))
 
     for rows, found in steps.items():
         factors = newton_schulz(torch.cat([step @ step.mT for _, step in found]))
         for (kernel, step), factor in zip(found, factors.split([len(step) for _, step in found]), strict=True):
             scale = lr * max(1, len(kernel) / step.shape[-1]) ** 0.5
-            blocks(kernel, rows).baddbmm_(factor, step, beta=1 - lr * weight_decay, alpha=-scale)
+            blocks(kernel, kernel, rows).baddbmm_(factor, step, beta=1 - lr * weight_decay, alpha=-scale)
 
 
-def blocks(tensor: Tensor, rows: int) -> Tensor:
-    """A view (N, rows, columns) of (N * rows, in, h, w); its columns may be in any order, as they lie in memory."""
-    if not tensor.is_contiguous():
-        tensor = tensor.permute(0, 2, 3, 1)  # as channels_last lies
-    return tensor.view(-1, rows, tensor[0].numel())
+def blocks(tensor: Tensor, kernel: Tensor, rows: int) -> Tensor:
+    """(N * rows, in, h, w) as (N, rows, columns), with the columns in the order in which the kernel's lie in memory."""
+    if not kernel.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)  # channels_last
+    return tensor.reshape(-1, rows, tensor[0].numel())
 
 
 def newton_schulz(gram: Tensor) -> Tensor:

@@ -23,14 +23,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -38,9 +36,9 @@ from tqdm import tqdm
 
 import utils
 from dataset import SUFFIXES, UserError, find_masks, opened, read_image, read_mask, resize, stem_of
+from distributed import RANK, WORLD_SIZE, everyones, process_group
 from model import DoubleConv, UNet
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 THREADS = min(8, os.cpu_count() or 1)  # that decode and write while the network computes: Pillow and OpenCV allow it
 LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on, which bounds the memory
 ONE_AT_A_TIME = threading.Lock()
@@ -490,21 +488,8 @@ def check_table(path: Path, columns: str) -> None:
     raise UserError(f"{path} is not of predict.py's making: move it away, or choose another name")
 
 
-def gather(mine: object) -> list:
-    """What each process has, in a list: waits for all of them."""
-    if WORLD_SIZE == 1:
-        return [mine]
-    everyone = [None] * WORLD_SIZE
-    dist.init_process_group("gloo", timeout=timedelta(days=7))  # one may have much larger photos than another
-    dist.all_gather_object(everyone, mine)
-    dist.destroy_process_group()
-    return everyone
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    if WORLD_SIZE > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     model = load_model(args.checkpoint, args.device)
     multiple = 4 * 2 ** len(model.network.features)  # tiles are shifted by quarters, which every stage must halve
     if args.tile is not None and (args.tile < multiple or args.tile % multiple):
@@ -530,7 +515,7 @@ def main(argv: list[str] | None = None) -> None:
     batch_size = 1 if args.tile else -(-len(share) // max(1, number_of_batches))  # 9 photos: 5 and 4, not 8 and 1
     threads, depth = (1, 1) if args.tile else (THREADS, THREADS + batch_size)  # photos for tiles are large: no queue
     start = time.perf_counter()
-    bar = tqdm(total=len(share), desc="predicting", unit="photo", leave=False, disable=None if RANK == 0 else True)
+    bar = utils.progress(total=len(share), desc="predicting", unit="photo")
     with ThreadPoolExecutor(threads) as pool, bar:
         decoded = in_threads(pool, depth, decode, ((photo, model.size) for photo in share), failures)
         predicted = ((*item, args) for item in run_network(model, decoded, batch_size, args))
@@ -543,7 +528,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.submission:
         submission.part.close()
-    everyone = gather((failures, scores))
+    with process_group(minutes=7 * 24 * 60):  # one may have much larger photos than another
+        everyone = everyones((failures, scores))
     if RANK > 0:
         return
 

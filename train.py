@@ -13,6 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import distributed
 import utils
 from dataset import UserError
 from model import UNet
@@ -47,7 +49,7 @@ FEATURES = (64, 128, 256, 512)  # channels of each stage; (16, 32, 64, 128) is 1
 
 # The recipe.
 NUM_EPOCHS = 3  # in total; more for few photos, or when Dice still rises at the end
-BATCH_SIZE = 4  # images in a step; smaller if memory runs out
+BATCH_SIZE = 4  # images in a step, of all processes together; smaller if memory runs out
 LEARNING_RATE = 0.05  # Muon's, at its peak after a warm-up; smaller if the loss jumps
 WEIGHT_DECAY = 0.01  # kernels shrink by LEARNING_RATE times this in a step; larger against overfitting
 ACCUMULATION = 1  # parts in which a step's images are computed, one after the other: each needs less memory
@@ -60,6 +62,8 @@ PRECISION = "auto"  # "bf16", "fp16" or "fp32"; "auto" takes the fastest that th
 COMPILE = "auto"  # "yes" or "no" to torch.compile; "auto" compiles on CUDA, where it pays after a minute
 ACTIVATION_CHECKPOINTING = False  # True computes activations twice and keeps few: big images on a small GPU
 NUM_WORKERS = -1  # processes that load images; -1 chooses, 0 loads in this one
+SYNC_BATCHNORM = True  # under torchrun on CUDA, BatchNorm sees the whole batch; False sees each process's share
+TIMEOUT_MINUTES = 10.0  # under torchrun, until a process that is silent counts as lost
 
 # What a run reads and leaves.
 LOAD_MODEL = False  # True continues from CHECKPOINT
@@ -87,13 +91,13 @@ def make_transforms(s: SimpleNamespace) -> tuple[A.Compose, A.Compose]:
 
 def check_settings(s: SimpleNamespace) -> None:
     """Raises UserError for a value of the wrong type or out of its range."""
-    whole, number = int, (int, float)
+    whole, number, processes = int, (int, float), distributed.WORLD_SIZE
     for name, kind, is_valid, wanted in (
         ("FEATURES", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
         ("IMAGE_HEIGHT", whole, lambda v: v >= max(16, 2 ** len(s.features)), "a whole number, at least 16"),
         ("IMAGE_WIDTH", whole, lambda v: v >= max(16, 2 ** len(s.features)), "a whole number, at least 16"),
         ("NUM_EPOCHS", whole, lambda v: v >= 1, "a whole number, at least 1"),
-        ("BATCH_SIZE", whole, lambda v: v >= 1, "a whole number, at least 1"),
+        ("BATCH_SIZE", whole, lambda v: v >= 1 and v % processes == 0, f"a multiple of {processes}, at least that"),
         ("LEARNING_RATE", number, lambda v: 0 < v < math.inf, "a number above 0, such as 0.05"),
         ("WEIGHT_DECAY", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("MEAN", tuple, lambda v: len(v) == 3 and all(math.isfinite(c) for c in v), "three numbers"),
@@ -102,6 +106,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("CLIP_NORM", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("SEED", whole, lambda v: v >= 0, "a whole number, at least 0"),
         ("NUM_WORKERS", whole, lambda v: v >= -1, "a whole number, at least 0, or to -1"),
+        ("TIMEOUT_MINUTES", number, lambda v: 0 < v < math.inf, "a number above 0"),
         ("DEVICE", str, bool, '"auto", "cuda", "mps" or "cpu"'),
         ("PRECISION", str, lambda v: v in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
         ("COMPILE", str, lambda v: v in ("auto", "yes", "no"), '"auto", "yes" or "no"'),
@@ -152,7 +157,7 @@ class State:
     """All that training changes: what a checkpoint keeps, and continuing restores."""
 
     model: UNet
-    forward: Callable[[Tensor], Tensor]  # the model, compiled or not
+    forward: nn.Module  # the model, compiled or not, and sharing its gradients under torchrun
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     history: list[dict] = field(default_factory=list)  # the rows of metrics.csv, one for each epoch that has ended
@@ -169,35 +174,50 @@ def new_state(s: SimpleNamespace, device: torch.device, precision: torch.dtype, 
     model = UNet(3, 1, s.features, s.activation_checkpointing)
     nn.init.constant_(model.head.bias, math.log(foreground / (1 - foreground)))
     model.to(device, memory_format=utils.memory_format(device))
+    if distributed.WORLD_SIZE > 1 and device.type == "cuda" and s.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = model
+    shape = (-(-s.batch_size // distributed.WORLD_SIZE // s.accumulation), 3, s.image_height, s.image_width)
     if s.compile == "yes" or (s.compile == "auto" and device.type == "cuda"):
-        shape = (-(-s.batch_size // s.accumulation), 3, s.image_height, s.image_width)
         forward = utils.compile_model(model, shape, device, precision)
     optimizer = Muon(model, s.learning_rate, s.weight_decay)
+    if distributed.WORLD_SIZE > 1:
+        forward = distributed.parallel(forward)
+        # It arranges its exchange after the first backward pass. A run that goes on would do so after another step than
+        # one that was never stopped, and sums of three and more gradients would be rounded otherwise.
+        utils.rehearse(forward, model, shape, device, precision)
     return State(model, forward, optimizer, torch.amp.GradScaler(device.type, enabled=precision == torch.float16))
 
 
 def train_step(
-    state: State, images: Tensor, masks: Tensor, lr: float, precision: torch.dtype, s: SimpleNamespace
+    state: State, images: Tensor, masks: Tensor, lr: float, precision: torch.dtype, s: SimpleNamespace, count: int
 ) -> Tensor:
-    """Learns from images (N, 3, H, W) and masks (N, 1, H, W) on the device; returns the sum of their losses, 0-dim."""
+    """Learns from images (N, 3, H, W) and masks (N, 1, H, W) on the device, this process's share of `count` images.
+
+    Returns the sum of the `count` images' losses, 0-dim. An image without a mask does not count.
+    """
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    forward = state.forward if len(images) == s.batch_size else state.model  # only one shape is compiled
+    is_compiled = count == s.batch_size  # which only one shape is
+    forward = state.forward if is_compiled or distributed.WORLD_SIZE > 1 else state.model
     state.optimizer.zero_grad()
     total = torch.zeros((), device=images.device)
-    for some, their_masks in zip(images.chunk(s.accumulation), masks.chunk(s.accumulation), strict=True):
-        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-            logits = forward(some)  # (n, 1, H, W)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), their_masks) * len(some)
-        state.scaler.scale(loss / len(images)).backward()
+    parts = list(zip(images.chunk(s.accumulation), masks.chunk(s.accumulation), strict=False))
+    for number, (some, their_masks) in enumerate(parts, start=1):
+        with distributed.without_exchange(forward, number < len(parts)):
+            with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+                logits = forward(some)[: len(their_masks)].float()  # (n, 1, H, W)
+            losses = nn.functional.binary_cross_entropy_with_logits(logits, their_masks, reduction="none")
+            loss = losses.flatten(1).mean(1).sum()
+            # DistributedDataParallel takes the mean of the processes' gradients, not their sum
+            state.scaler.scale(loss * distributed.WORLD_SIZE / count).backward()
         total += loss.detach()
     if s.clip_norm:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), s.clip_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    return total
+    return distributed.sum_(total)
 
 
 def train_epoch(
@@ -206,28 +226,31 @@ def train_epoch(
     """Trains on the images of an epoch, or on those of them that remain. Raises UserError if the loss is not finite."""
     device = next(state.model.parameters()).device
     epoch, number = len(state.history), len(loader.dataset)
-    loader.sampler.epoch, loader.sampler.start = epoch, state.images
+    batches = loader.batch_sampler
+    batches.epoch, batches.start = epoch, state.images
     start, steps_before = time.perf_counter() - state.seconds, steps_taken(state.optimizer)
     title = f"epoch {epoch + 1}/{s.num_epochs}"
-    with tqdm(total=number, initial=state.images, desc=title, unit="img", leave=False, disable=None) as bar:
+    with utils.progress(total=number, initial=state.images, desc=title, unit="img") as bar:
         step, line_due = 0, time.monotonic() + 60
         for step, (images, masks) in enumerate(loader, start=1):
             utils.stop_if_asked()
-            if step == 1:
+            if step == 1 and distributed.RANK == 0:
                 save_train_batch(images, masks, s.mean, s.std, Path(s.saved_images_dir, "train_batch.png"))
             images, masks = utils.to_device(images, masks, device)
             lr = learning_rate((epoch + state.images / number) / s.num_epochs, s.learning_rate)
-            loss = state.losses[state.images] = train_step(state, images, masks, lr, precision, s)
-            state.images += len(images)
+            count = min(s.batch_size, number - state.images)
+            masks = masks[: len(range(count)[distributed.share(count)])]
+            loss = state.losses[state.images] = train_step(state, images, masks, lr, precision, s, count)
+            state.images += count
             state.seconds = time.perf_counter() - start
 
             if step % 10 == 1:  # reading a loss waits for the device
-                bar.set_postfix(loss=f"{loss.item() / len(images):.4f}", refresh=False)
+                bar.set_postfix(loss=f"{loss.item() / count:.4f}", refresh=False)
                 if not loss.isfinite():
                     break
-            bar.update(len(images))
+            bar.update(count)
             if bar.disable and time.monotonic() > line_due:  # no terminal: a line a minute in the log
-                print(f"{title}: {state.images} of {number} images, loss {loss.item() / len(images):.4f}", flush=True)
+                print(f"{title}: {state.images} of {number} images, loss {loss.item() / count:.4f}", flush=True)
                 line_due = time.monotonic() + 60
             save_if_due()
         if state.scaler.is_enabled() and step and (skipped := step + steps_before - steps_taken(state.optimizer)):
@@ -242,28 +265,30 @@ def estimate_statistics(loader: DataLoader, model: UNet, precision: torch.dtype)
     Those kept while training lag behind weights that move fast: Dice after the first epoch was 0.66, with this 0.94.
     """
     device = next(model.parameters()).device
-    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
-    images_wanted = -(-16 // loader.batch_size) * loader.batch_size
-    loader.sampler.start = max(0, len(loader.dataset) - images_wanted)
+    batches = loader.batch_sampler
+    batches.start = max(0, batches.length - -(-16 // batches.size) * batches.size)
     with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         for images, masks in loader:
             model(utils.to_device(images, masks, device)[0])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            distributed.sum_(statistic).div_(distributed.WORLD_SIZE)
 
 
 def end_epoch(
-    train_loader: DataLoader, val_loader: DataLoader, state: State, precision: torch.dtype, report: Report
+    train_loader: DataLoader, val_loader: DataLoader, state: State, precision: torch.dtype, report: Report | None
 ) -> bool:
     """Validates, and adds a row to the history; returns whether it is the best."""
     device = next(state.model.parameters()).device
     start, number = time.perf_counter(), len(train_loader.dataset)
     estimate_statistics(train_loader, state.model, precision)
-    metrics = utils.check_accuracy(val_loader, state.model, device, precision, report.add)
+    metrics = utils.check_accuracy(val_loader, state.model, device, precision, report and report.add)
     predicted, photo_dice = metrics.pop("predicted"), metrics.pop("photo_dice")
     row = {
         "epoch": len(state.history) + 1,
@@ -278,7 +303,9 @@ def end_epoch(
     state.photo_dice.append(photo_dice)
     state.best = max(state.best, row["dice"])
     state.images, state.losses, state.seconds = 0, {}, 0.0
-    report.finish(state.history, state.photo_dice)
+    if report:
+        utils.save_metrics(state.history, report.folder / "metrics.csv")
+        report.finish(state.history, state.photo_dice)
     if predicted in (0, 1):
         share = 100 * train_loader.dataset.infos["foreground"].mean()
         print(
@@ -300,8 +327,8 @@ def raise_if_not_finite(state: State, loader: DataLoader) -> None:
     bad = (~losses.isfinite()).nonzero()
     if len(bad) or not all(weight.isfinite().all() for weight in state.model.parameters()):
         first = bad[0].item() if len(bad) else len(starts) - 1
-        end = [*starts, state.images][first + 1]
-        names = [loader.dataset.pairs[index][0].name for index in loader.sampler.order()[starts[first] : end]]
+        loader.batch_sampler.start = starts[first]
+        names = [loader.dataset.pairs[index][0].name for index in loader.batch_sampler.batches()[0]]
         raise UserError(
             f"training broke down (loss {losses[first].item():.3g}) with {', '.join(names)}: look at these photos and "
             f"their masks, or lower LEARNING_RATE; checkpoints are as they were before"
@@ -366,6 +393,8 @@ def restore(state: State, checkpoint: dict, header: dict) -> None:
 
 def save(s: SimpleNamespace, header: dict, state: State, writer: utils.CheckpointWriter, is_best: bool = False) -> None:
     """Has the newest state written, and the best weights if these are; each rebuilds the model and its input."""
+    if distributed.RANK > 0:
+        return
     weights = header | {
         "state_dict": state.model.state_dict(),
         "epoch": len(state.history),
@@ -391,11 +420,14 @@ def train(s: SimpleNamespace) -> None:
     """A whole run with the settings s, the constants by their lower-case names."""
     check_settings(s)
     device = utils.choose_device(s.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     precision = utils.choose_precision(s.precision, device)
-    checkpoint = checkpoint_to_continue(s)
-    if not checkpoint:
+    checkpoint = distributed.from_first(checkpoint_to_continue, s)
+    if not checkpoint and distributed.RANK == 0:
         utils.set_aside(Path(s.checkpoint))
-    use_sample_if_empty(s)
+    with distributed.first_on_machine():
+        use_sample_if_empty(s)
 
     train_loader, val_loader = utils.get_loaders(
         *map(Path, (s.train_img_dir, s.train_mask_dir, s.val_img_dir, s.val_mask_dir)),
@@ -408,7 +440,8 @@ def train(s: SimpleNamespace) -> None:
         cache_dir=s.cache_dir,
     )
     number = len(train_loader.dataset)
-    if (number % s.batch_size or s.batch_size) == 1 and max(s.image_height, s.image_width) <= 2 ** len(s.features):
+    smallest = (number % s.batch_size or s.batch_size) // distributed.WORLD_SIZE
+    if smallest <= 1 and max(s.image_height, s.image_width) <= 2 ** len(s.features):
         raise UserError(f"BATCH_SIZE {s.batch_size} leaves one image for a step, too few at this size: choose another")
 
     utils.tune(device, precision)
@@ -422,16 +455,16 @@ def train(s: SimpleNamespace) -> None:
     if checkpoint:
         restore(state, checkpoint, header)
 
-    report = Report(
+    report = distributed.RANK == 0 and Report(
         Path(s.saved_images_dir), val_loader.dataset, s.page_photos, vars(s),
         utils.describe(train_loader.dataset, val_loader.dataset), s.tensorboard_dir,
     )  # fmt: skip
-    with utils.CheckpointWriter() as writer, report, utils.signals_wait():
+    with utils.CheckpointWriter() as writer, report or nullcontext(), utils.signals_wait():
         print(f"Training on {device} in {str(precision).removeprefix('torch.')}, {s.batch_size} images a step.")
         print("epoch  train_loss  val_loss  pixel_accuracy    dice     iou  seconds")
 
         def save_if_due() -> None:
-            if writer.seconds_since_save() > 60 * s.checkpoint_minutes:
+            if distributed.RANK == 0 and writer.seconds_since_save() > 60 * s.checkpoint_minutes:
                 raise_if_not_finite(state, train_loader)
                 save(s, header, state, writer)
 
@@ -439,7 +472,6 @@ def train(s: SimpleNamespace) -> None:
             while len(state.history) < s.num_epochs:
                 train_epoch(train_loader, state, precision, s, save_if_due)
                 is_best = end_epoch(train_loader, val_loader, state, precision, report)
-                utils.save_metrics(state.history, Path(s.saved_images_dir, "metrics.csv"))
                 save(s, header, state, writer, is_best)
                 print(
                     "{epoch:5}  {train_loss:10.4f}  {val_loss:8.4f}  {pixel_accuracy:14.4f}  {dice:6.4f}  {iou:6.4f}"
@@ -461,7 +493,7 @@ def train(s: SimpleNamespace) -> None:
             raise
         writer.wait()
     best = utils.sibling(Path(s.checkpoint), "_best")
-    state.model.load_state_dict(utils.load_checkpoint(best)["state_dict"])
+    state.model.load_state_dict(distributed.from_first(utils.load_checkpoint, best)["state_dict"])
     full = utils.full_size_dice(val_loader, state.model, device, precision)
     print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' own size.")
     print(f"The best weights are in {best}, the newest state in {s.checkpoint}.")
@@ -471,7 +503,8 @@ def train(s: SimpleNamespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     s = utils.parse_settings(globals(), argv)
     try:
-        train(s)
+        with distributed.process_group(s.timeout_minutes):
+            train(s)
     except RuntimeError as error:  # of different kinds on CUDA, MPS and the CPU
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise

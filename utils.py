@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Sampler
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+import distributed
 from dataset import CarvanaDataset, UserError, car_of, read_image, read_mask, written_whole
 from model import UNet
 
@@ -50,6 +51,8 @@ def run(main: Callable[[], None]) -> None:
     except Exception:
         traceback.print_exc()
         status = 1
+    if status and distributed.RANK:
+        time.sleep(3)  # most errors are everyone's: the first process says it, and torchrun ends the others
     sys.exit(status)  # here the exception is gone, and with it the DataLoader that its frames held, and its workers
 
 
@@ -86,9 +89,9 @@ def signals_wait() -> Iterator[None]:
 
 
 def stop_if_asked() -> None:
-    """Raises Stopped if a signal is waiting. Called between two batches, where the state is whole."""
-    if _signals:
-        raise Stopped(_signals[0])
+    """Raises Stopped if a signal is waiting in any process. Called between two batches, where the state is whole."""
+    if number := distributed.highest(_signals[0] if _signals else 0):
+        raise Stopped(number)
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,9 +140,14 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there."""
+    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there.
+
+    Under torchrun each process of a machine has a CUDA device of its own.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{distributed.LOCAL_RANK % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         if device.type in ("cpu", "cuda", "mps"):
@@ -188,18 +196,25 @@ def tune(device: torch.device, precision: torch.dtype) -> None:
 
 def compile_model(model: nn.Module, shape: tuple, device: torch.device, precision: torch.dtype) -> Callable:
     """torch.compile's version of the model after a trial on zeros of that shape; where that fails the model itself."""
-    before = copy.deepcopy(model.state_dict())  # the trial moves BatchNorm's statistics
     compiled = torch.compile(model)
     try:
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = compiled(torch.zeros(shape, device=device).contiguous(memory_format=memory_format(device)))
-        logits.float().sum().backward()
+        rehearse(compiled, model, shape, device, precision)
     except Exception as error:  # from a missing compiler to a bug in it
         print(f"torch.compile failed ({' '.join(str(error).split()[:30])}): going on without it.")
-        compiled = model
-    model.load_state_dict(before)
-    model.zero_grad()
+        return model
     return compiled
+
+
+def rehearse(forward: Callable, model: nn.Module, shape: tuple, device: torch.device, precision: torch.dtype) -> None:
+    """A forward and a backward pass on zeros of that shape; the model is as before."""
+    before = copy.deepcopy(model.state_dict())  # BatchNorm's statistics will move
+    try:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = forward(torch.zeros(shape, device=device).contiguous(memory_format=memory_format(device)))
+        logits.float().sum().backward()
+    finally:
+        model.load_state_dict(before)
+        model.zero_grad()
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -217,24 +232,37 @@ def to_device(images: Tensor, masks: Tensor, device: torch.device) -> tuple[Tens
     return images, masks.to(device, non_blocking=is_cuda).unsqueeze(1)
 
 
+progress = partial(tqdm, leave=False, disable=None if distributed.RANK == 0 else True)  # None: not without a terminal
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loaders
 
 
-class EpochSampler(Sampler):
-    """Yields (epoch, index) in an order that depends on (seed, epoch) alone. Set `epoch`, and `start` to skip."""
+class Batches(Sampler):
+    """Yields batches of (epoch, index), in an order that depends on (seed, epoch) alone, or as they are without a seed.
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
+    Under torchrun: this process's share of them, or where that is empty one image that is not to count.
+
+    Set `epoch`, and `start` to skip so many images.
+    """
+
+    def __init__(self, length: int, size: int, seed: int | None = None) -> None:
+        self.length, self.size, self.seed, self.epoch, self.start = length, size, seed, 0, 0
 
     def __len__(self) -> int:
-        return self.length - self.start
+        return -(-(self.length - self.start) // self.size)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in self.order()[self.start :])
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for indices in self.batches():
+            yield [(self.epoch, index) for index in indices[distributed.share(len(indices))] or indices[:1]]
 
-    def order(self) -> list[int]:
-        return np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
+    def batches(self) -> list[list[int]]:
+        """All processes' images that are left of this epoch."""
+        order = list(range(self.length))
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
+        return [order[start : start + self.size] for start in range(self.start, self.length, self.size)]
 
 
 class Loader(DataLoader):
@@ -294,8 +322,8 @@ def get_loaders(
         "pin_memory": pin_memory,
         "persistent_workers": num_workers > 0,
     }
-    train_loader = Loader(train_set, batch_size, sampler=EpochSampler(len(train_set), seed), **options)
-    return train_loader, Loader(val_set, batch_size, **options)
+    train_loader = Loader(train_set, batch_sampler=Batches(len(train_set), batch_size, seed), **options)
+    return train_loader, Loader(val_set, batch_sampler=Batches(len(val_set), batch_size), **options)
 
 
 def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
@@ -541,17 +569,18 @@ def full_size_dice(loader: DataLoader, model: nn.Module, device: torch.device, p
     """The mean Dice over a loader's pairs at the photos' own size, as predict.py --mask-dir measures it."""
     model.eval()
     scores, data = [], loader.dataset
-    batches = tqdm(loader, desc="at full size", unit="batch", leave=False, disable=None)
-    for start, (images, masks) in zip(range(0, len(data), loader.batch_size), batches, strict=True):
+    with_progress = progress(loader, desc="at full size", unit="batch")
+    for indices, (images, masks) in zip(loader.batch_sampler.batches(), with_progress, strict=True):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(to_device(images, masks, device)[0])
-        for index, photo_logits in enumerate(logits[:, 0].float().cpu().numpy(), start):
+        mine = indices[distributed.share(len(indices))]
+        for index, photo_logits in zip(mine, logits[:, 0].float().cpu().numpy(), strict=False):
             image_path, mask_path = data.pairs[index]
             prediction = enlarge(photo_logits, data.sample(index)[0], read_image(image_path)) > 0.5
             truth = read_mask(mask_path) > 0
             tp, fp, fn, _ = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(truth)[None])
             scores.append(dice_scores(tp, fp, fn).item())
-    return float(np.mean(scores))
+    return distributed.sum_(torch.tensor(sum(scores), dtype=torch.float64)).item() / len(data)
 
 
 @torch.inference_mode()
@@ -571,20 +600,22 @@ def check_accuracy(
     was_training = model.training
     model.eval()
     losses, counts = [], []  # stay on the device until the end, so that nothing waits for it in between
-    with tqdm(total=len(loader.dataset), desc="validating", unit="img", leave=False, disable=None) as bar:
-        for images, masks in loader:
+    with progress(total=len(loader.dataset), desc="validating", unit="img") as bar:
+        for indices, (images, masks) in zip(loader.batch_sampler.batches(), loader, strict=True):
             stop_if_asked()
             images, masks = to_device(images, masks, device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 logits = model(images)
-            logits = logits.float()
+            mine = len(indices[distributed.share(len(indices))])
+            both = torch.cat((logits.float(), masks), dim=1)[:mine]
+            logits, masks = distributed.gather(both, len(indices)).split(1, dim=1)
             losses.append(F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((1, 2, 3)))
             counts.append(torch.stack(confusion(logits > 0, masks > 0)))  # sigmoid(logits) > 0.5
             if show:
                 show(logits, masks)
             if len(losses) % 10 == 1:
                 bar.set_postfix(loss=f"{losses[-1].mean().item():.4f}", refresh=False)
-            bar.update(len(images))
+            bar.update(len(masks))
     model.train(was_training)
 
     tp, fp, fn, tn = torch.cat(counts, dim=1).cpu().double()

@@ -363,7 +363,7 @@ def batches(drawn: Path, num_workers: int, epoch: int = 0, seed: int = 0) -> lis
     settings = utils.parse_settings(vars(train), [])
     folders = [drawn / name for name in ("train_images", "train_masks", "val_images", "val_masks")]
     loader, _ = utils.get_loaders(*folders, (32, 48), 5, *train.make_transforms(settings), num_workers, seed=seed)
-    loader.sampler.epoch = epoch
+    loader.batch_sampler.epoch = epoch
     return [tensor for batch in loader for tensor in batch]
 
 
@@ -406,9 +406,11 @@ def test_steps_of_the_augmentation_are_independent(drawn):
 
 
 def test_no_image_is_left_out(drawn):
-    sampler = utils.EpochSampler(33, seed=3)
+    sampler = utils.Batches(33, 4, seed=3)
     for sampler.epoch in range(3):
-        assert sorted(sampler) == [(sampler.epoch, index) for index in range(33)]
+        batches = list(sampler)
+        assert [len(batch) for batch in batches] == 8 * [4] + [1]
+        assert sorted(item for batch in batches for item in batch) == [(sampler.epoch, index) for index in range(33)]
 
 
 def test_missing_folder_is_named(tmp_path):

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score
 from torch import nn
-from torch.utils.data import DataLoader
 
 import utils
 
@@ -20,6 +19,15 @@ class FirstChannel(nn.Module):
         return x[:, :1]
 
 
+class Items(list):
+    def __getitem__(self, epoch_and_index):
+        return super().__getitem__(epoch_and_index[1])
+
+
+def loader(items: list, batch_size: int) -> utils.Loader:
+    return utils.Loader(Items(items), batch_sampler=utils.Batches(len(items), batch_size))
+
+
 @pytest.fixture
 def images_and_masks():
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +39,7 @@ def images_and_masks():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])  # 3 leaves an uneven last batch
 def test_metrics_equal_those_of_scikit_learn(images_and_masks, batch_size):
-    found = utils.check_accuracy(DataLoader(images_and_masks, batch_size), FirstChannel(), CPU, torch.float32)
+    found = utils.check_accuracy(loader(images_and_masks, batch_size), FirstChannel(), CPU, torch.float32)
     pairs = [((image[0].flatten() > 0).numpy(), (mask.flatten() > 0).numpy()) for image, mask in images_and_masks]
     assert found["dice"] == pytest.approx(np.mean([f1_score(m, p, zero_division=1) for p, m in pairs]))
     assert found["iou"] == pytest.approx(np.mean([jaccard_score(m, p, zero_division=1) for p, m in pairs]))
@@ -60,7 +68,7 @@ def test_dice_and_iou_by_hand(prediction, mask, dice, iou):
 
 def test_a_probability_of_one_half_is_background(images_and_masks):
     images = [(torch.zeros(3, 4, 4), torch.zeros(4, 4))]
-    assert utils.check_accuracy(DataLoader(images), FirstChannel(), CPU, torch.float32)["dice"] == 1
+    assert utils.check_accuracy(loader(images, 1), FirstChannel(), CPU, torch.float32)["dice"] == 1
 
 
 def test_validation_never_changes_the_model(images_and_masks):
@@ -69,6 +77,6 @@ def test_validation_never_changes_the_model(images_and_masks):
     model = UNet(features=(4, 8)).train()
     images = [(F.pad(image, (4, 4, 4, 4)), F.pad(mask, (4, 4, 4, 4))) for image, mask in images_and_masks]
     before = copy.deepcopy(model.state_dict())
-    utils.check_accuracy(DataLoader(images, 3), model, CPU, torch.float32)
+    utils.check_accuracy(loader(images, 3), model, CPU, torch.float32)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training and all(layer.training for layer in model.modules())

@@ -35,7 +35,7 @@ def test_accumulation_learns_the_same_from_less_at_a_time():
         sizes = []
         state.model.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
         for _ in range(2):
-            loss = train.train_step(state, *batch(), 1e-3, torch.float32, s)
+            loss = train.train_step(state, *batch(), 1e-3, torch.float32, s, 4)
         assert sizes == {"1": [4, 4], "3": [2, 2, 2, 2]}[parts]
         found.append((loss, state.model.state_dict()))
     assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-5)
@@ -50,7 +50,7 @@ def test_activation_checkpointing_computes_twice_and_gives_the_same_weights(monk
         state, s = state_and_settings(flag)
         calls.clear()
         for _ in range(2):
-            train.train_step(state, *batch(), 1e-3, torch.float32, s)
+            train.train_step(state, *batch(), 1e-3, torch.float32, s, 4)
         assert len(calls) == number
         found.append(dict(state.model.named_parameters()))
     assert same(*found)
@@ -59,7 +59,7 @@ def test_activation_checkpointing_computes_twice_and_gives_the_same_weights(monk
 def test_gradients_are_cut_to_the_norm():
     for flags, is_cut in (((), False), (("--clip-norm", "1e-3"), True)):
         state, s = state_and_settings(*flags)
-        train.train_step(state, *batch(), 1e-3, torch.float32, s)
+        train.train_step(state, *batch(), 1e-3, torch.float32, s, 4)
         norm = torch.stack([weight.grad.norm() for weight in state.model.parameters()]).norm()
         assert (norm <= 1.001e-3) == is_cut
 
@@ -68,7 +68,7 @@ def test_only_kernels_decay():
     found = []
     for decay in ("0", "0.3"):
         state, s = state_and_settings("--weight-decay", decay)
-        train.train_step(state, *batch(), 0.1, torch.float32, s)
+        train.train_step(state, *batch(), 0.1, torch.float32, s, 4)
         found.append(dict(state.model.named_parameters()))
     start = dict(state_and_settings()[0].model.named_parameters())
     for name, weight in start.items():
@@ -81,7 +81,7 @@ def test_only_kernels_decay():
 def test_muon_takes_any_number_of_channels(features):
     state, s = state_and_settings("--features", *map(str, features))
     before = state.model.state_dict()["downs.0.layers.0.weight"].clone()
-    assert train.train_step(state, *batch(), 1e-2, torch.float32, s).isfinite()
+    assert train.train_step(state, *batch(), 1e-2, torch.float32, s, 4).isfinite()
     assert not torch.equal(before, state.model.state_dict()["downs.0.layers.0.weight"])
 
 
@@ -115,7 +115,7 @@ def test_compiling_changes_no_weight(monkeypatch):
         state, s = state_and_settings("--compile", flag)
         assert (state.forward is state.model) == (flag == "no")
         for size in (4, 2):  # the last batch is smaller
-            train.train_step(state, *batch(size), 1e-3, torch.float32, s)
+            train.train_step(state, *batch(size), 1e-3, torch.float32, s, size)
         found.append(state.model.state_dict())
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], rtol=1e-3, atol=1e-4)
@@ -131,7 +131,7 @@ def test_where_compiling_fails_it_says_why_and_goes_on(monkeypatch, capsys):
     assert re.search("torch.compile failed .*no compiler here.*going on without it", capsys.readouterr().out)
     untouched, _ = state_and_settings()
     assert same(state.model.state_dict(), untouched.model.state_dict())
-    assert train.train_step(state, *batch(), 1e-3, torch.float32, s).isfinite()
+    assert train.train_step(state, *batch(), 1e-3, torch.float32, s, 4).isfinite()
 
 
 def test_fp16_counts_the_steps_that_it_skips(project, run_train, monkeypatch, capsys):
@@ -161,10 +161,10 @@ def test_a_loss_that_is_not_finite_names_the_photos_and_leaves_the_checkpoint(pr
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(utils.UserError) as error:
         run_train("--num-epochs", "2", "--load-model", "--checkpoint-minutes", "0")
-    sampler = utils.EpochSampler(64, seed=0)
+    sampler = utils.Batches(64, 4, seed=0)
     sampler.epoch = 1
     names = sorted(path.name for path in Path("data/train_images").iterdir())
-    assert ", ".join(names[index] for index in sampler.order()[8:12]) in str(error.value)
+    assert ", ".join(names[index] for index in sampler.batches()[2]) in str(error.value)
     assert "LEARNING_RATE" in str(error.value) and "\n" not in str(error.value)
     checkpoint = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))
     assert checkpoint["images"] == 8

@@ -44,9 +44,9 @@ def test_a_run_learns_and_leaves_what_is_promised(project, run_train, capsys):
 
 def test_saved_pictures_show_each_validation_batch(project, run_train):
     run_train("--num-epochs", "1", "--batch-size", "14")  # 32 photos: 14, 14 and 4
-    assert {path.name for path in Path("saved_images").iterdir()} == {
-        *(f"{n}.png" for n in range(3)), *(f"pred_{n}.png" for n in range(3)), "metrics.csv", "train_batch.png"
-    }  # fmt: skip
+    pictures = [f"{kind}{n}.png" for kind in ("", "pred_", "overlay_") for n in range(3)]
+    others = ["curves.png", "index.html", "metrics.csv", "train_batch.png"]
+    assert sorted(path.name for path in Path("saved_images").iterdir()) == sorted(pictures + others)
     truth = np.asarray(Image.open("saved_images/0.png"))[..., 0]
     assert truth.shape == (4 * 34 + 2, 4 * 50 + 2)  # 4 columns, 2 pixels between photos
     first = read_mask(sorted(Path("data/val_masks").glob("*.gif"))[0], (32, 48))
@@ -59,7 +59,7 @@ def test_pictures_of_an_earlier_run_with_more_batches_are_removed(project, run_t
     Path("saved_images/77.png").touch()  # no prediction beside it: not ours
     run_train("--num-epochs", "1", "--batch-size", "16")
     assert {path.name for path in Path("saved_images").glob("*[0-9].png")} == {
-        "0.png", "1.png", "pred_0.png", "pred_1.png", "77.png"
+        "0.png", "1.png", "pred_0.png", "pred_1.png", "overlay_0.png", "overlay_1.png", "77.png"
     }  # fmt: skip
 
 

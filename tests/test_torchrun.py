@@ -1,0 +1,190 @@
+"""One run in several processes."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, rows, same
+
+import train
+
+ROOT = Path(train.__file__).parent
+PLAIN = ROOT / "tests" / "train_plainly.py"
+CHECKPOINT = Path("my_checkpoint.pth.tar")
+
+
+def torchrun(*flags: str, processes: int = 2, script: Path = ROOT / "train.py", **options) -> subprocess.Popen:
+    """Starts so many processes on this machine; `flags` are the script's, a dictionary in options torchrun's."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher += [f"--{name}={value}" for name, value in options.items()]
+    return subprocess.Popen(
+        [*launcher, script, *SMALL, "--precision", "fp32", *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def done(process: subprocess.Popen, status: int = 0) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, out + err
+    return out + err
+
+
+def wait_for(text: str, process: subprocess.Popen) -> None:
+    while text not in (line := process.stdout.readline()):
+        assert line, process.communicate(timeout=60)
+
+
+def wait_for_checkpoint(process: subprocess.Popen) -> None:
+    while not CHECKPOINT.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def weights(path: Path | str = CHECKPOINT) -> dict[str, torch.Tensor]:
+    return torch.load(path)["state_dict"]  # utils.load_checkpoint would refuse a network without BatchNorm
+
+
+def leave_photos(number: int) -> None:
+    for photo in sorted(Path("data/train_images").iterdir())[number:]:
+        photo.unlink()
+        Path(f"data/train_masks/{photo.stem}_mask.gif").unlink()
+
+
+def alone(*flags: str) -> None:
+    command = [sys.executable, PLAIN, *SMALL, "--precision", "fp32", *flags]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def close(some: dict, others: dict) -> bool:
+    return all(torch.allclose(some[name], others[name], rtol=1e-4, atol=1e-6) for name in some)
+
+
+def printed() -> list[str]:
+    """The scores of metrics.csv to the last digit that is printed."""
+    return [f"{float(row[name]):.4f}" for row in rows() for name in ("val_loss", "pixel_accuracy", "dice", "iou")]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_learn_what_one_learns(project, processes):
+    leave_photos(61)  # the last batch has one image, and all but one process none
+    flags = ["--num-epochs", "1", "--batch-size", "6", "--accumulation", "2"]
+    alone(*flags, "--checkpoint", "alone.pth.tar")
+    wanted = printed()
+    out = done(torchrun(*flags, processes=processes, script=PLAIN))
+    assert out.count("epoch  train_loss") == out.count("Dice of the best weights") == 1
+    assert close(weights("alone.pth.tar"), weights())
+    assert printed() == wanted
+    assert len(list(Path("saved_images").glob("overlay_*.png"))) == 6  # 32 photos
+
+
+def test_another_number_of_processes_goes_on_at_the_same_image(project):
+    flags = ["--num-epochs", "2", "--checkpoint-minutes", "0", "--weight-decay", "0"]
+    alone(*flags, "--checkpoint", "alone.pth.tar")
+    wanted = printed()
+    process = torchrun(*flags, script=PLAIN)
+    wait_for_checkpoint(process)
+    process.send_signal(signal.SIGTERM)
+    out = done(process, 1)  # torchrun's own status
+    images = int(re.search(r"Stopped by SIGTERM after \d epochs and (\d+) images", out)[1])
+    assert images % 4 == 0
+    assert "Traceback" not in out.split("torch/distributed")[0]
+    alone(*flags, "--load-model")
+    assert close(weights("alone.pth.tar"), weights())
+    assert printed() == wanted
+
+
+def test_a_killed_process_is_started_again_and_the_weights_are_the_same(project):
+    flags = ["--num-epochs", "3", "--checkpoint-minutes", "0"]
+    done(torchrun(*flags, "--checkpoint", "whole.pth.tar"))
+    process = torchrun(*flags, max_restarts=3)
+    wait_for("  best", process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert "Continuing after" in done(process)
+    assert same(weights("whole.pth.tar"), weights())
+    assert len(rows()) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "3"], "error: BATCH_SIZE is 3: set it to a multiple of 2"),
+        (["--train-img-dir", "nowhere"], "error: nowhere"),
+    ],
+)
+def test_a_mistake_is_named_once(project, flags, message):
+    out = done(torchrun(*flags), 1)
+    assert out.count("error: ") == out.count(message) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two machines
+
+
+@pytest.fixture
+def two_machines(drawn, tmp_path):
+    """Two network namespaces with a virtual wire between them, and a folder of its own for each."""
+    commands = """
+        ip netns add unet0; ip netns add unet1
+        ip link add wire0 netns unet0 type veth peer name wire1 netns unet1
+        ip -n unet0 addr add 10.77.0.1/24 dev wire0; ip -n unet1 addr add 10.77.0.2/24 dev wire1
+        ip -n unet0 link set wire0 up; ip -n unet1 link set wire1 up
+        ip -n unet0 link set lo up; ip -n unet1 link set lo up
+    """
+    made = subprocess.run(["sh", "-ec", commands], capture_output=True, text=True)
+    try:
+        if made.returncode:
+            pytest.skip(f"network namespaces are not to be had here: {made.stderr.strip()}")
+        for number in (0, 1):
+            shutil.copytree(drawn, tmp_path / str(number) / "data")
+        yield tmp_path
+    finally:
+        for number in (0, 1):
+            subprocess.run(["ip", "netns", "del", f"unet{number}"], capture_output=True)
+
+
+def start_machine(folder: Path, number: int, *flags: str) -> subprocess.Popen:
+    command = ["ip", "netns", "exec", f"unet{number}", sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+    command += [
+        "--nproc_per_node=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=10.77.0.1:29400",
+        f"--rdzv-conf=is_host={1 - number}",
+    ]
+    command += [f"--local-addr=10.77.0.{number + 1}", ROOT / "train.py", *SMALL, "--precision", "fp32", *flags]
+    return subprocess.Popen(
+        command, cwd=folder / str(number), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": f"wire{number}", "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("ip"), reason="needs the command ip: apt-get install iproute2")
+def test_two_machines_learn_what_one_learns_and_a_cut_wire_loses_nothing(two_machines, monkeypatch):
+    shutil.copytree(two_machines / "0", two_machines / "one")
+    monkeypatch.chdir(two_machines / "one")
+    done(torchrun("--num-epochs", "3"))
+    wanted = weights()
+
+    flags = ["--num-epochs", "3", "--checkpoint-minutes", "0", "--timeout-minutes", "0.2"]
+    machines = [start_machine(two_machines, number, *flags) for number in (0, 1)]
+    wait_for("  best", machines[0])
+    subprocess.run(["ip", "-n", "unet1", "link", "set", "wire1", "down"], check=True)
+    for machine in machines:
+        while "has lost another one" not in (line := machine.stderr.readline()):
+            assert line
+        machine.kill()  # torchrun waits for minutes to find out for itself
+        machine.wait()
+    subprocess.run(["ip", "-n", "unet1", "link", "set", "wire1", "up"], check=True)
+
+    for machine in [start_machine(two_machines, number, *flags, "--load-model") for number in (0, 1)]:
+        done(machine)
+    monkeypatch.chdir(two_machines / "0")
+    assert same(wanted, weights())
+    assert not (two_machines / "1" / CHECKPOINT).exists()
