@@ -7,7 +7,6 @@ import random
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -106,21 +105,6 @@ def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project,
         else:
             seconds /= 2  # the machine has become faster: sooner, then
     assert not list(Path().glob("*.tmp"))
-
-
-def test_when_torchrun_starts_it_again_it_goes_on_by_itself(project):
-    run = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=1", ROOT / "train.py", *SMALL]
-    flags = ["--num-epochs", "40", "--checkpoint-minutes", "0"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([*run, *flags], env=os.environ | {"PYTHONUNBUFFERED": "1"}, **options) as process:
-        while "  best" not in process.stdout.readline():
-            assert process.poll() is None
-        worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
-        os.kill(int(worker), signal.SIGKILL)
-        out = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, out
-    assert "Continuing after" in out
-    assert len(rows()) == 40 and out.count("epoch  train_loss") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

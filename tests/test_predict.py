@@ -273,7 +273,7 @@ def test_scores_are_of_the_masks_that_are_written(photos, capsys):
 
 def test_training_ends_with_the_dice_that_predict_measures(project, run_train, capsys):
     run_train("--num-epochs", "1", "--learning-rate", "1e-2", "--precision", "fp32")
-    last = capsys.readouterr().out.splitlines()[-2]
+    last = capsys.readouterr().out.splitlines()[-3]
     run("data/val_images", "--mask-dir", "data/val_masks")
     assert float(last.split()[-6]) == pytest.approx(np.mean([float(row["dice"]) for row in scores()]), abs=0.003), last
 

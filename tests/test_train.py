@@ -173,7 +173,7 @@ def test_help_shows_every_constant_with_its_comment_and_default(capsys):
         utils.parse_settings(vars(train), ["--help"])
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--batch-size SIZE images in a step; smaller if memory runs out [4]" in text
+    assert "--batch-size SIZE images in a step, of all processes together; smaller if memory runs out [4]" in text
     for name in utils.parse_settings(vars(train), []).__dict__:
         assert "--" + name.replace("_", "-") in text
 
