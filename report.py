@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -144,12 +145,11 @@ def laid_over(image: np.ndarray, layer: np.ndarray) -> np.ndarray:
 
 
 def label(tile: np.ndarray, text: str) -> np.ndarray:
-    """Writes a text into the tile's lower left corner, white with a black rim."""
-    size = max(0.3, tile.shape[0] / 400)
-    for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-        place = 4, tile.shape[0] - 5
-        cv2.putText(tile, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA)
-    return tile
+    """A tile RGB uint8 with a text in its lower left corner, white with a black rim."""
+    picture, height = Image.fromarray(tile), tile.shape[0]
+    place, font = (height // 40 + 1, height - height // 40 - 2), ImageFont.load_default(max(10, height // 11))
+    ImageDraw.Draw(picture).text(place, text, "white", font, "lb", stroke_width=1, stroke_fill="black")
+    return np.array(picture)
 
 
 def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, path: Path) -> None:
