@@ -14,16 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset import UserError
 
-# What torchrun tells a process: which it is, of how many, and which on its machine.
+# What torchrun tells a process: which it is, of how many, and which on its machine; and how often it started it again.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+class Lost(UserError):
+    """Another process cannot be reached; that one may know why."""
 
 
 @contextmanager
 def process_group(minutes: float) -> Iterator[None]:
     """Connects the processes: NCCL for CUDA's tensors, gloo for the CPU's. All but the first print nothing.
 
-    Raises UserError where another process has ended, or has not been heard of for so many minutes.
+    Raises Lost where another process has ended, or has not been heard of for so many minutes.
     """
     if WORLD_SIZE == 1:
         yield
@@ -31,17 +36,18 @@ def process_group(minutes: float) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere) if RANK else nullcontext():
         try:
-            # torchrun keeps its store when it starts processes again: they must not find addresses of those before
             store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun keeps this store when it starts processes again: they must not find those before in it
+                store = dist.PrefixStore(f"start {RESTARTS}", store)
             dist.init_process_group(backend, None, timedelta(minutes=minutes), WORLD_SIZE, RANK, store)
             yield
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and not re.search("gloo|nccl", str(error), re.IGNORECASE):
                 raise
-            raise UserError(
+            raise Lost(
                 f"process {RANK} has lost another one, which has ended or was silent for {minutes:g} minutes: see what "
-                "that one says, and start again with --load-model"
+                f"that one says, and start again; training goes on with --load-model ({str(error).splitlines()[0]})"
             ) from error
         finally:
             if dist.is_initialized():
@@ -59,7 +65,7 @@ def first_on_machine() -> Iterator[None]:
 
 
 def share(count: int, rank: int = RANK) -> slice:
-    """A process's images of a batch of so many; shares differ by one image at most, and may be empty."""
+    """A process's images of a batch of so many; shares differ by one image at most."""
     size, larger = divmod(count, WORLD_SIZE)
     start = rank * size + min(rank, larger)
     return slice(start, start + size + (rank < larger))

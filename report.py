@@ -232,7 +232,7 @@ def write_page(
     curves = base64.b64encode((folder / "curves.png").read_bytes()).decode()
     page = environment.get_template("page.html").render(
         history=history,
-        best=max(history, key=lambda row: row["dice"]),
+        best=max(history[-len(photos[0].dice) :], key=lambda row: row["dice"]),  # on these photos
         photos=sorted(photos, key=lambda photo: photo.dice[-1]),
         number=number,
         settings=settings,
@@ -255,7 +255,10 @@ def tensorboard_writer(folder: str, settings: dict[str, object]) -> object:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(f"TENSORBOARD_DIR is {folder}, which needs a package: pip install tensorboard") from error
-    board = SummaryWriter(folder)
+    try:
+        board = SummaryWriter(folder)
+    except OSError as error:
+        raise UserError(f"TENSORBOARD_DIR: {folder} cannot be written ({error.strerror}): choose another") from error
     board.add_text("settings", "\n".join(f"    {name} = {value!r}" for name, value in settings.items()))
     return board
 

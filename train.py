@@ -59,7 +59,7 @@ SEED = 0  # of weights, order and augmentation
 # The machine.
 DEVICE = "auto"  # "cuda", "cuda:1", "mps" or "cpu"; "auto" takes the first that is there
 PRECISION = "auto"  # "bf16", "fp16" or "fp32"; "auto" takes the fastest that the hardware has
-COMPILE = "auto"  # "yes" or "no" to torch.compile; "auto" compiles on CUDA, where it pays after a minute
+COMPILE = "auto"  # "yes" or "no" to torch.compile; "auto" compiles for one process on CUDA: it pays after a minute
 ACTIVATION_CHECKPOINTING = False  # True computes activations twice and keeps few: big images on a small GPU
 NUM_WORKERS = -1  # processes that load images; -1 chooses, 0 loads in this one
 SYNC_BATCHNORM = True  # under torchrun on CUDA, BatchNorm sees the whole batch; False sees each process's share
@@ -92,12 +92,13 @@ def make_transforms(s: SimpleNamespace) -> tuple[A.Compose, A.Compose]:
 def check_settings(s: SimpleNamespace) -> None:
     """Raises UserError for a value of the wrong type or out of its range."""
     whole, number, processes = int, (int, float), distributed.WORLD_SIZE
+    wanted_batch = "a whole number, at least 1" if processes == 1 else f"a multiple of {processes}, the processes"
     for name, kind, is_valid, wanted in (
         ("FEATURES", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
         ("IMAGE_HEIGHT", whole, lambda v: v >= max(16, 2 ** len(s.features)), "a whole number, at least 16"),
         ("IMAGE_WIDTH", whole, lambda v: v >= max(16, 2 ** len(s.features)), "a whole number, at least 16"),
         ("NUM_EPOCHS", whole, lambda v: v >= 1, "a whole number, at least 1"),
-        ("BATCH_SIZE", whole, lambda v: v >= 1 and v % processes == 0, f"a multiple of {processes}, at least that"),
+        ("BATCH_SIZE", whole, lambda v: v >= 1 and v % processes == 0, wanted_batch),
         ("LEARNING_RATE", number, lambda v: 0 < v < math.inf, "a number above 0, such as 0.05"),
         ("WEIGHT_DECAY", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("MEAN", tuple, lambda v: len(v) == 3 and all(math.isfinite(c) for c in v), "three numbers"),
@@ -106,7 +107,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("CLIP_NORM", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("SEED", whole, lambda v: v >= 0, "a whole number, at least 0"),
         ("NUM_WORKERS", whole, lambda v: v >= -1, "a whole number, at least 0, or to -1"),
-        ("TIMEOUT_MINUTES", number, lambda v: 0 < v < math.inf, "a number above 0"),
+        ("TIMEOUT_MINUTES", number, lambda v: 0 < v <= 1e6, "a number above 0, such as 10"),
         ("DEVICE", str, bool, '"auto", "cuda", "mps" or "cpu"'),
         ("PRECISION", str, lambda v: v in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
         ("COMPILE", str, lambda v: v in ("auto", "yes", "no"), '"auto", "yes" or "no"'),
@@ -178,7 +179,7 @@ def new_state(s: SimpleNamespace, device: torch.device, precision: torch.dtype, 
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = model
     shape = (-(-s.batch_size // distributed.WORLD_SIZE // s.accumulation), 3, s.image_height, s.image_width)
-    if s.compile == "yes" or (s.compile == "auto" and device.type == "cuda"):
+    if s.compile == "yes" or (s.compile == "auto" and device.type == "cuda" and distributed.WORLD_SIZE == 1):
         forward = utils.compile_model(model, shape, device, precision)
     optimizer = Muon(model, s.learning_rate, s.weight_decay)
     if distributed.WORLD_SIZE > 1:
@@ -202,9 +203,11 @@ def train_step(
     forward = state.forward if is_compiled or distributed.WORLD_SIZE > 1 else state.model
     state.optimizer.zero_grad()
     total = torch.zeros((), device=images.device)
-    parts = list(zip(images.chunk(s.accumulation), masks.chunk(s.accumulation), strict=False))
-    for number, (some, their_masks) in enumerate(parts, start=1):
-        with distributed.without_exchange(forward, number < len(parts)):
+    done = 0
+    for some in images.chunk(s.accumulation):
+        their_masks = masks[done : done + len(some)]
+        done += len(some)
+        with distributed.without_exchange(forward, done < len(images)):
             with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
                 logits = forward(some)[: len(their_masks)].float()  # (n, 1, H, W)
             losses = nn.functional.binary_cross_entropy_with_logits(logits, their_masks, reduction="none")
@@ -335,13 +338,12 @@ def raise_if_not_finite(state: State, loader: DataLoader) -> None:
         )
 
 
-def checkpoint_to_continue(s: SimpleNamespace) -> dict | None:
+def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
     """The checkpoint from which this run goes on, or None. Raises UserError if these settings do not allow it.
 
-    When torchrun starts the processes again because one has died, they go on by themselves.
+    When torchrun starts the processes again because one has died, `is_restart`, they go on by themselves.
     """
     path = Path(s.checkpoint)
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if is_restart or s.load_model:
         utils.restore_previous(path)
     if not (s.load_model or (is_restart and path.exists())):
@@ -372,7 +374,8 @@ def restore(state: State, checkpoint: dict, header: dict) -> None:
         group["weight_decay"] = header["settings"]["weight_decay"]
     if checkpoint["scaler"]:  # empty unless it was trained in fp16
         state.scaler.load_state_dict(checkpoint["scaler"])
-    state.history, state.photo_dice, state.best = (checkpoint[name] for name in ("history", "photo_dice", "best"))
+    state.history, state.best = checkpoint["history"], checkpoint["best"]
+    state.photo_dice = checkpoint.get("photo_dice", [])
 
     data, data_before = header["data"], checkpoint["data"]
     if data["val"] != data_before["val"]:
@@ -418,12 +421,12 @@ def save(s: SimpleNamespace, header: dict, state: State, writer: utils.Checkpoin
 
 def train(s: SimpleNamespace) -> None:
     """A whole run with the settings s, the constants by their lower-case names."""
-    check_settings(s)
     device = utils.choose_device(s.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     precision = utils.choose_precision(s.precision, device)
-    checkpoint = distributed.from_first(checkpoint_to_continue, s)
+    # Of several machines' torchruns only the one whose process has died counts it
+    checkpoint = distributed.from_first(checkpoint_to_continue, s, distributed.highest(distributed.RESTARTS) > 0)
     if not checkpoint and distributed.RANK == 0:
         utils.set_aside(Path(s.checkpoint))
     with distributed.first_on_machine():
@@ -440,7 +443,7 @@ def train(s: SimpleNamespace) -> None:
         cache_dir=s.cache_dir,
     )
     number = len(train_loader.dataset)
-    smallest = (number % s.batch_size or s.batch_size) // distributed.WORLD_SIZE
+    smallest = (number % s.batch_size or s.batch_size) // distributed.WORLD_SIZE // s.accumulation
     if smallest <= 1 and max(s.image_height, s.image_width) <= 2 ** len(s.features):
         raise UserError(f"BATCH_SIZE {s.batch_size} leaves one image for a step, too few at this size: choose another")
 
@@ -452,6 +455,8 @@ def train(s: SimpleNamespace) -> None:
         "settings": vars(s),
         "data": {"train": train_loader.dataset.fingerprint(), "val": val_loader.dataset.fingerprint()},
     }
+    if len(set(map(str, distributed.everyones(header["data"])))) > 1:
+        raise UserError("the machines have different photos or masks: give all of them the same, or a shared disk")
     if checkpoint:
         restore(state, checkpoint, header)
 
@@ -502,6 +507,7 @@ def train(s: SimpleNamespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     s = utils.parse_settings(globals(), argv)
+    check_settings(s)
     try:
         with distributed.process_group(s.timeout_minutes):
             train(s)

@@ -40,19 +40,21 @@ from model import UNet
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main; a user's error ends it with one line and exit status 1, a signal with 128 + its number."""
     status: int | str = 0
+    wait = 10 if distributed.RANK else 0  # seconds: most errors are everyone's, and the first process is to say it
     try:
         main()
     except Stopped as stopped:
-        status = 128 + stopped.signal
+        status, wait = 128 + stopped.signal, 0
     except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
         status = "error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: ")
+        wait = 20 if isinstance(error, distributed.Lost) else wait  # before that, the one that was lost
     except KeyboardInterrupt:
         status = 130
     except Exception:
         traceback.print_exc()
         status = 1
-    if status and distributed.RANK:
-        time.sleep(3)  # most errors are everyone's: the first process says it, and torchrun ends the others
+    if status:
+        time.sleep(wait)  # during which torchrun ends this process, if another one has ended
     sys.exit(status)  # here the exception is gone, and with it the DataLoader that its frames held, and its workers
 
 
@@ -142,12 +144,16 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there.
 
-    Under torchrun each process of a machine has a CUDA device of its own.
+    Under torchrun "cuda" and "auto" give each process of a machine a CUDA device of its own; MPS is for one process.
     """
+    alone = distributed.WORLD_SIZE == 1
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{distributed.LOCAL_RANK % torch.cuda.device_count()}"
+        has_mps = torch.backends.mps.is_available() and alone
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda" and not alone:
+        name = f"cuda:{distributed.LOCAL_RANK}"
+        if torch.cuda.device_count() <= distributed.LOCAL_RANK:
+            raise UserError(f"there are {torch.cuda.device_count()} GPUs here: set --nproc_per_node to that")
     try:
         device = torch.device(name)
         if device.type in ("cpu", "cuda", "mps"):
@@ -242,7 +248,8 @@ progress = partial(tqdm, leave=False, disable=None if distributed.RANK == 0 else
 class Batches(Sampler):
     """Yields batches of (epoch, index), in an order that depends on (seed, epoch) alone, or as they are without a seed.
 
-    Under torchrun: this process's share of them, or where that is empty one image that is not to count.
+    Under torchrun: this process's share of them, filled up to the size of the others' with an image that is to count in
+    BatchNorm only.
 
     Set `epoch`, and `start` to skip so many images.
     """
@@ -255,7 +262,9 @@ class Batches(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for indices in self.batches():
-            yield [(self.epoch, index) for index in indices[distributed.share(len(indices))] or indices[:1]]
+            mine = indices[distributed.share(len(indices))]
+            largest = -(-len(indices) // distributed.WORLD_SIZE)
+            yield [(self.epoch, index) for index in mine + indices[:1] * (largest - len(mine))]
 
     def batches(self) -> list[list[int]]:
         """All processes' images that are left of this epoch."""
@@ -565,7 +574,7 @@ def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndar
 
 
 @torch.inference_mode()
-def full_size_dice(loader: DataLoader, model: nn.Module, device: torch.device, precision: torch.dtype) -> float:
+def full_size_dice(loader: Loader, model: nn.Module, device: torch.device, precision: torch.dtype) -> float:
     """The mean Dice over a loader's pairs at the photos' own size, as predict.py --mask-dir measures it."""
     model.eval()
     scores, data = [], loader.dataset
@@ -585,7 +594,7 @@ def full_size_dice(loader: DataLoader, model: nn.Module, device: torch.device, p
 
 @torch.inference_mode()
 def check_accuracy(
-    loader: DataLoader,
+    loader: Loader,
     model: nn.Module,
     device: torch.device,
     precision: torch.dtype,

@@ -133,9 +133,17 @@ def test_a_missing_tensorboard_is_named_with_its_install_line(project, run_train
         run_train("--num-epochs", "1", "--tensorboard-dir", "runs")
 
 
-def test_drawing_changes_no_weight(project, run_train):
+def test_drawing_changes_no_weight(project, run_train, monkeypatch):
     run_train("--num-epochs", "2")
     drawn = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
-    run_train("--num-epochs", "2", "--page-photos", "1")
+    monkeypatch.setattr(report.Report, "add", lambda *_: None)
+    monkeypatch.setattr(report.Report, "finish", lambda *_: None)
+    run_train("--num-epochs", "2")
     again = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
     assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+
+
+def test_a_tensorboard_folder_that_cannot_be_written_is_named(project, run_train):
+    Path("runs").touch()
+    with pytest.raises(utils.UserError, match="TENSORBOARD_DIR: runs cannot be written"):
+        run_train("--num-epochs", "1", "--tensorboard-dir", "runs")

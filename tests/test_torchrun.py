@@ -94,7 +94,7 @@ def test_another_number_of_processes_goes_on_at_the_same_image(project):
     out = done(process, 1)  # torchrun's own status
     images = int(re.search(r"Stopped by SIGTERM after \d epochs and (\d+) images", out)[1])
     assert images % 4 == 0
-    assert "Traceback" not in out.split("torch/distributed")[0]
+    assert 'train.py", line' not in out and 'utils.py", line' not in out
     alone(*flags, "--load-model")
     assert close(weights("alone.pth.tar"), weights())
     assert printed() == wanted
@@ -115,7 +115,7 @@ def test_a_killed_process_is_started_again_and_the_weights_are_the_same(project)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--batch-size", "3"], "error: BATCH_SIZE is 3: set it to a multiple of 2"),
+        (["--batch-size", "3"], "error: BATCH_SIZE is 3: set it to a multiple of 2, the processes"),
         (["--train-img-dir", "nowhere"], "error: nowhere"),
     ],
 )
