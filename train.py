@@ -92,11 +92,12 @@ def make_transforms(s: SimpleNamespace) -> tuple[A.Compose, A.Compose]:
 def check_settings(s: SimpleNamespace) -> None:
     """Raises UserError for a value of the wrong type or out of its range."""
     whole, number, processes = int, (int, float), distributed.WORLD_SIZE
+    smallest = max(16, 2 ** len(s.features)) if isinstance(s.features, tuple) else 16
     wanted_batch = "a whole number, at least 1" if processes == 1 else f"a multiple of {processes}, the processes"
     for name, kind, is_valid, wanted in (
         ("FEATURES", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
-        ("IMAGE_HEIGHT", whole, lambda v: v >= max(16, 2 ** len(s.features)), "a whole number, at least 16"),
-        ("IMAGE_WIDTH", whole, lambda v: v >= max(16, 2 ** len(s.features)), "a whole number, at least 16"),
+        ("IMAGE_HEIGHT", whole, lambda v: v >= smallest, f"a whole number, at least {smallest}"),
+        ("IMAGE_WIDTH", whole, lambda v: v >= smallest, f"a whole number, at least {smallest}"),
         ("NUM_EPOCHS", whole, lambda v: v >= 1, "a whole number, at least 1"),
         ("BATCH_SIZE", whole, lambda v: v >= 1 and v % processes == 0, wanted_batch),
         ("LEARNING_RATE", number, lambda v: 0 < v < math.inf, "a number above 0, such as 0.05"),
@@ -427,8 +428,6 @@ def train(s: SimpleNamespace) -> None:
     precision = utils.choose_precision(s.precision, device)
     # Of several machines' torchruns only the one whose process has died counts it
     checkpoint = distributed.from_first(checkpoint_to_continue, s, distributed.highest(distributed.RESTARTS) > 0)
-    if not checkpoint and distributed.RANK == 0:
-        utils.set_aside(Path(s.checkpoint))
     with distributed.first_on_machine():
         use_sample_if_empty(s)
 
@@ -464,6 +463,8 @@ def train(s: SimpleNamespace) -> None:
         Path(s.saved_images_dir), val_loader.dataset, s.page_photos, vars(s),
         utils.describe(train_loader.dataset, val_loader.dataset), s.tensorboard_dir,
     )  # fmt: skip
+    if not checkpoint and distributed.RANK == 0:
+        utils.set_aside(Path(s.checkpoint))
     with utils.CheckpointWriter() as writer, report or nullcontext(), utils.signals_wait():
         print(f"Training on {device} in {str(precision).removeprefix('torch.')}, {s.batch_size} images a step.")
         print("epoch  train_loss  val_loss  pixel_accuracy    dice     iou  seconds")
