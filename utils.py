@@ -47,7 +47,9 @@ def run(main: Callable[[], None]) -> None:
         status, wait = 128 + stopped.signal, 0
     except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
         status = "error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: ")
-        wait = 20 if isinstance(error, distributed.Lost) else wait  # before that, the one that was lost
+        if isinstance(error, distributed.Lost):  # the one that was lost may still want to say why
+            print(status, file=sys.stderr, flush=True)
+            status, wait = 1, 20
     except KeyboardInterrupt:
         status = 130
     except Exception:
