@@ -8,7 +8,7 @@ epochs on Carvana's thumbnails (32 x 48) Dice was 0.969; AdamW, at the best of i
 import torch
 from torch import Tensor, nn
 
-ROWS = 64  # at most, of a block that is orthogonalized by itself: as good as a whole matrix, with a tenth of its FLOP
+ROWS = 64  # at most, of a block that is orthogonalized by itself: as good as 128, in half the time
 
 
 class Muon(torch.optim.Optimizer):

@@ -610,7 +610,7 @@ def check_accuracy(
     """
     was_training = model.training
     model.eval()
-    losses, counts = [], []  # stay on the device until the end, so that nothing waits for it in between
+    losses, counts = [], []  # stay on the device until the end
     with progress(total=len(loader.dataset), desc="validating", unit="img") as bar:
         for indices, (images, masks) in zip(loader.batch_sampler.batches(), loader, strict=True):
             stop_if_asked()
