@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import re
 import statistics
 import sys
@@ -157,8 +158,10 @@ PEERS = {"segmentation_models_pytorch": smp_network, "monai": monai_network}  # 
 def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, float]:
     """Seconds a step, GFLOP a step, peak memory in MB, and the GFLOP/s of a product of two matrices."""
     device = utils.choose_device(s.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     precision = utils.choose_precision(s.precision, device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else int
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": int}[device.type]
     images = torch.randn(s.batch_size, 3, s.image_height, s.image_width, device=device)
     masks = (torch.rand(s.batch_size, 1, s.image_height, s.image_width, device=device) < 0.2).float()
     if name == "classic":
@@ -166,7 +169,9 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
         step = partial(classic_step, model, torch.optim.Adam(model.parameters(), 1e-4), images, masks)
     else:
         utils.tune(device, precision)
-        state = train.new_state(s, device, precision, foreground=0.2)
+        if name in PEERS or s.compile == "auto":  # as in a long run
+            s.compile = "no" if name in PEERS or device.type != "cuda" else "yes"
+        state = train.new_state(s, device, precision, foreground=0.2, images=s.batch_size)
         if name in PEERS:
             state.model = state.forward = PEERS[name]().to(device, memory_format=utils.memory_format(device))
             state.optimizer = torch.optim.AdamW(state.model.parameters(), fused=True)
@@ -179,12 +184,14 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
             step()
         wait()
 
-    with FlopCounterMode(display=False) as counter:
-        model(images[:1]).sum().backward()
     steps(3)  # to warm up
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     number = 3 if device.type == "cpu" else 30
     step_seconds = seconds(lambda: steps(number)) / number
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory()
+    with FlopCounterMode(display=False) as counter:
+        model(images[:1]).sum().backward()
 
     size = 2048 if device.type == "cpu" else 8192
     some, other = (torch.randn(size, size, device=device, dtype=precision) for _ in range(2))
@@ -302,10 +309,10 @@ def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
 # predict: from photos to masks
 
 
-def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path) -> None:
+def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path, device: torch.device) -> None:
     """The plain way: one photo at a time, fp32, decoded in full, nearest neighbour, PNG as Pillow writes it."""
     state = utils.load_checkpoint(checkpoint)
-    model = UNet(**state["model"]).eval()
+    model = UNet(**state["model"]).eval().to(device)
     model.load_state_dict(state["state_dict"])
     settings = state["preprocessing"]
     transform = A.Compose(
@@ -314,20 +321,23 @@ def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path) -> N
     for photo in photos:
         image = np.array(Image.open(photo).convert("RGB"))
         with torch.no_grad():
-            prediction = torch.sigmoid(model(transform(image=image)["image"][None]))[0, 0] > 0.5
-        mask = Image.fromarray(prediction.numpy().astype(np.uint8) * 255)
+            prediction = torch.sigmoid(model(transform(image=image)["image"][None].to(device)))[0, 0] > 0.5
+        mask = Image.fromarray(prediction.cpu().numpy().astype(np.uint8) * 255)
         mask.resize(image.shape[1::-1], Image.Resampling.NEAREST).save(output_dir / f"{photo.stem}_mask.png")
 
 
-def measure_prediction(is_plain: bool, checkpoint: Path, photos: list[Path], output_dir: Path) -> tuple[float, float]:
+def measure_prediction(
+    is_plain: bool, checkpoint: Path, photos: list[Path], output_dir: Path, device: str
+) -> tuple[float, float]:
     """Seconds, from the checkpoint to the last mask, and this process's peak of memory in MB."""
 
     def work(photos: list[Path]) -> None:
         if is_plain:
-            predict_plainly(checkpoint, photos, output_dir)
+            predict_plainly(checkpoint, photos, output_dir, utils.choose_device(device))
         else:
             with redirect_stdout(io.StringIO()):
-                predict.main([*map(str, photos), "--checkpoint", str(checkpoint), "--output-dir", str(output_dir)])
+                flags = "--checkpoint", str(checkpoint), "--output-dir", str(output_dir), "--device", device
+                predict.main([*map(str, photos), *flags])
 
     work(photos[:1])
     return seconds(lambda: work(photos)), peak_memory()
@@ -349,7 +359,7 @@ def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
             for is_plain in measured:
                 output_dir = Path(folder, f"{number}_{is_plain}")
                 output_dir.mkdir()
-                work = measure_prediction, is_plain, checkpoint, photos, output_dir
+                work = measure_prediction, is_plain, checkpoint, photos, output_dir, settings.device
                 measured[is_plain].append(in_process(*work))
     (plain, plain_memory), (ours, our_memory) = (np.median(values, axis=0) for values in measured.values())
     return {
@@ -358,6 +368,23 @@ def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
         "ratio": plain / ours,
         "plain_memory_mb": plain_memory,
         "memory_mb": our_memory,
+    }
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """What figures depend on: the CPU's or GPU's name, cores, the instruction sets that matter here, and PyTorch."""
+    cpu = platform.processor() or platform.machine()
+    flags = set()
+    if Path("/proc/cpuinfo").exists():
+        fields = dict(re.findall(r"^(.+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+        cpu, flags = fields.get("model name", cpu), set(fields.get("flags", fields.get("Features", "")).split())
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "bf16", "sve")
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.replace("cpu", "none"),
+        "cpu": cpu,
+        "cores": torch.get_num_threads(),
+        "instructions": " ".join(flag for flag in wanted if flag in flags),
+        "torch": torch.__version__,
     }
 
 
@@ -378,12 +405,14 @@ def main(argv: list[str] | None = None) -> None:
         raise utils.UserError(f"--json {args.json}: its folder does not exist, create it first")
     settings = utils.parse_settings(vars(train), flags)
     train.check_settings(settings)
+    machine = describe_machine(utils.choose_device(settings.device))
+    print("\n".join(f"{name:13} {value}" for name, value in machine.items()), flush=True)
     figures = BENCHMARKS[args.what](settings)
     for name, value in figures.items():
         print(f"{args.what + '.' + name:52} {value:10.4f}")
     if args.json:
         with written_whole(args.json) as temporary:
-            temporary.write_text(json.dumps({args.what: figures}, indent=2))
+            temporary.write_text(json.dumps({"machine": machine, args.what: figures}, indent=2))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -16,7 +17,7 @@ from dataset import UserError
 
 # What torchrun tells a process: which it is, of how many, and which on its machine; and how often it started it again.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -33,7 +34,7 @@ def process_group(minutes: float) -> Iterator[None]:
     if WORLD_SIZE == 1:
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere) if RANK else nullcontext():
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
@@ -42,16 +43,29 @@ def process_group(minutes: float) -> Iterator[None]:
                 store = dist.PrefixStore(f"start {RESTARTS}", store)
             dist.init_process_group(backend, None, timedelta(minutes=minutes), WORLD_SIZE, RANK, store)
             yield
+            dist.destroy_process_group()  # after an error it might wait for ever for a process that is gone
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            is_about_others = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+            if not is_about_others or is_out_of_memory(error):
                 raise
             raise Lost(
                 f"process {RANK} has lost another one, which has ended or was silent for {minutes:g} minutes: see what "
                 f"that one says, and start again; training goes on with --load-model ({str(error).splitlines()[0]})"
             ) from error
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a RuntimeError of the CPU, CUDA, cuBLAS, cuDNN, NCCL or MPS says so."""
+    return bool(re.search(r"out of memory|can't allocate memory|ALLOC(ATION)?_FAILED|CUDA [cm]alloc", str(error)))
+
+
+def exit_(status: int) -> None:
+    """Ends the process; at once where a group is left, because NCCL may wait for ever for a process that is gone."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextmanager

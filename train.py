@@ -9,7 +9,6 @@ Open saved_images/index.html in a browser: it shows what the network has learned
 
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -59,7 +58,7 @@ SEED = 0  # of weights, order and augmentation
 # The machine.
 DEVICE = "auto"  # "cuda", "cuda:1", "mps" or "cpu"; "auto" takes the first that is there
 PRECISION = "auto"  # "bf16", "fp16" or "fp32"; "auto" takes the fastest that the hardware has
-COMPILE = "auto"  # "yes" or "no" to torch.compile; "auto" compiles for one process on CUDA: it pays after a minute
+COMPILE = "auto"  # "yes" or "no" to torch.compile; "auto" compiles for long runs of one process on CUDA
 ACTIVATION_CHECKPOINTING = False  # True computes activations twice and keeps few: big images on a small GPU
 NUM_WORKERS = -1  # processes that load images; -1 chooses, 0 loads in this one
 SYNC_BATCHNORM = True  # under torchrun on CUDA, BatchNorm sees the whole batch; False sees each process's share
@@ -170,8 +169,10 @@ class State:
     seconds: float = 0.0  # of training in it
 
 
-def new_state(s: SimpleNamespace, device: torch.device, precision: torch.dtype, foreground: float) -> State:
-    """An untrained network, whose first guess is the mean mask, and its optimizer."""
+def new_state(
+    s: SimpleNamespace, device: torch.device, precision: torch.dtype, foreground: float, images: int
+) -> State:
+    """An untrained network, whose first guess is the mean mask, and its optimizer, for epochs of so many images."""
     torch.manual_seed(s.seed)
     model = UNet(3, 1, s.features, s.activation_checkpointing)
     nn.init.constant_(model.head.bias, math.log(foreground / (1 - foreground)))
@@ -180,7 +181,7 @@ def new_state(s: SimpleNamespace, device: torch.device, precision: torch.dtype, 
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = model
     shape = (-(-s.batch_size // distributed.WORLD_SIZE // s.accumulation), 3, s.image_height, s.image_width)
-    if s.compile == "yes" or (s.compile == "auto" and device.type == "cuda" and distributed.WORLD_SIZE == 1):
+    if utils.should_compile(s.compile, device, s.num_epochs * -(-images // s.batch_size)):
         forward = utils.compile_model(model, shape, device, precision)
     optimizer = Muon(model, s.learning_rate, s.weight_decay)
     if distributed.WORLD_SIZE > 1:
@@ -447,7 +448,7 @@ def train(s: SimpleNamespace) -> None:
         raise UserError(f"BATCH_SIZE {s.batch_size} leaves one image for a step, too few at this size: choose another")
 
     utils.tune(device, precision)
-    state = new_state(s, device, precision, train_loader.dataset.infos["foreground"].mean())
+    state = new_state(s, device, precision, train_loader.dataset.infos["foreground"].mean(), number)
     header = {  # of every checkpoint
         "model": {"in_channels": 3, "out_channels": 1, "features": list(s.features)},
         "preprocessing": {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std},
@@ -512,8 +513,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with distributed.process_group(s.timeout_minutes):
             train(s)
-    except RuntimeError as error:  # of different kinds on CUDA, MPS and the CPU
-        if not re.search("out of memory|can't allocate memory", str(error)):
+    except RuntimeError as error:
+        cause = f"{error} {error.__context__}"  # PyTorch raises its own error of a lost worker within another
+        if "shared memory" in cause or "Bus error" in cause:  # as in a container, which has 64 MB
+            raise UserError(
+                "/dev/shm, where workers put their images, is too small: enlarge it (docker run --shm-size=8g), or set "
+                "NUM_WORKERS = 0"
+            ) from error
+        if "by signal: Killed" in cause:
+            raise UserError("the system has killed a worker, most likely for memory: lower NUM_WORKERS") from error
+        if not distributed.is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory at BATCH_SIZE {s.batch_size} and {s.image_height} x {s.image_width} pixels: halve "

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -39,25 +40,27 @@ from model import UNet
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main; a user's error ends it with one line and exit status 1, a signal with 128 + its number."""
-    status: int | str = 0
+    status, message = 0, ""
     wait = 10 if distributed.RANK else 0  # seconds: most errors are everyone's, and the first process is to say it
     try:
         main()
     except Stopped as stopped:
         status, wait = 128 + stopped.signal, 0
     except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
-        status = "error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: ")
+        status, message = 1, "error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: ")
         if isinstance(error, distributed.Lost):  # the one that was lost may still want to say why
-            print(status, file=sys.stderr, flush=True)
-            status, wait = 1, 20
+            print(message, file=sys.stderr, flush=True)
+            message, wait = "", 20
     except KeyboardInterrupt:
         status = 130
     except Exception:
-        traceback.print_exc()
-        status = 1
+        status, message = 1, traceback.format_exc()
+    # Here the exception is gone, and with it the DataLoader that its frames held, and its workers
     if status:
         time.sleep(wait)  # during which torchrun ends this process, if another one has ended
-    sys.exit(status)  # here the exception is gone, and with it the DataLoader that its frames held, and its workers
+    if message:
+        print(message, file=sys.stderr)
+    distributed.exit_(status)
 
 
 class Stopped(Exception):
@@ -146,25 +149,34 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there.
 
-    Under torchrun "cuda" and "auto" give each process of a machine a CUDA device of its own; MPS is for one process.
+    CUDA's devices have an index. Under torchrun "cuda" and "auto" give each process of a machine a GPU of its own; MPS
+    is for one process. Where "auto" finds a GPU that cannot compute, it says why and takes the CPU.
     """
-    alone = distributed.WORLD_SIZE == 1
+    alone, wanted = distributed.WORLD_SIZE == 1, name
     if name == "auto":
         has_mps = torch.backends.mps.is_available() and alone
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if name == "cuda" and not alone:
-        name = f"cuda:{distributed.LOCAL_RANK}"
-        if torch.cuda.device_count() <= distributed.LOCAL_RANK:
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if not alone and wanted not in ("cpu", "cuda"):
+        raise UserError(f'DEVICE {name} is one for all processes: set it to "cuda" (a GPU for each) or "cpu"')
+    if not alone and wanted == "cuda" and not torch.distributed.is_nccl_available():
+        raise UserError('processes on GPUs need NCCL, which this PyTorch lacks: set DEVICE to "cpu", or use Linux')
+    if wanted == "cuda":
+        wanted = f"cuda:{distributed.LOCAL_RANK}"
+        if 0 < torch.cuda.device_count() <= distributed.LOCAL_RANK:
             raise UserError(f"there are {torch.cuda.device_count()} GPUs here: set --nproc_per_node to that")
     try:
-        device = torch.device(name)
-        if device.type in ("cpu", "cuda", "mps"):
-            torch.empty(1, device=device)
-            return device
-        problem = None
+        device = torch.device(wanted)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps are supported")
+        image = torch.ones(1, 1, 4, 4, device=device)
+        F.conv2d(image, image)  # memory is to be had on GPUs for which this PyTorch has no kernels, too
+        return device
     except (RuntimeError, AssertionError) as error:
-        problem = error
-    raise UserError(f'DEVICE {name} cannot be used here: set it to "auto", or "cpu"') from problem
+        reason = str(error).split("\n")[0]
+        if name != "auto":
+            raise UserError(f'DEVICE {name} cannot be used here ({reason}): set it to "auto", or "cpu"') from error
+    print(f"{wanted} cannot be used ({reason}): the CPU computes.")
+    return torch.device("cpu")
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -183,23 +195,36 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_num_workers(number: int, device: torch.device) -> int:
-    """-1 is none beside a CPU that computes (a cached sample takes 1 ms of its 500), else one a core, 8 at most."""
+    """-1 is none beside a CPU that computes (a cached sample takes 1 ms of its 500), else one a core, 8 at most.
+
+    The processes that torchrun starts on a machine divide its cores among them.
+    """
     if number >= 0:
         return number
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 0 if device.type == "cpu" else min(8, cores)
+    return 0 if device.type == "cpu" else max(1, min(8, cores // distributed.LOCAL_WORLD_SIZE))
 
 
 def tune(device: torch.device, precision: torch.dtype) -> None:
     """Switches of the whole process that make training on the device faster."""
-    is_exact = precision == torch.float32
-    torch.set_float32_matmul_precision("highest" if is_exact else "medium")  # bf16 or TF32 within Muon's products
     if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = precision != torch.float32  # fp32 is to mean fp32
         torch.backends.cudnn.benchmark = True  # tries convolution algorithms: all batches but the last have one shape
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc gives large tensors back to the system, and every step would fault all their pages in again: 8 % slower
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def should_compile(setting: str, device: torch.device, steps: int) -> bool:
+    """Whether COMPILE means torch.compile in a run of so many steps; "auto": if one process takes 5,000 on CUDA.
+
+    Compiling takes about a minute, in which a large GPU takes thousands of steps. The steps are those of the whole run,
+    so that continuing computes alike.
+    """
+    return setting == "yes" or (
+        setting == "auto" and device.type == "cuda" and distributed.WORLD_SIZE == 1 and steps >= 5000
+    )
 
 
 def compile_model(model: nn.Module, shape: tuple, device: torch.device, precision: torch.dtype) -> Callable:
@@ -289,7 +314,8 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator:
         if not hasattr(signal, "pthread_sigmask"):  # on Windows, where signals reach one process
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        resource_tracker.ensure_running()  # it unblocks signals when it starts, which spawn and forkserver make it do
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # any start method hands this on to the workers
         try:
             return super().__iter__()
         finally:

@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import SMALL
-
 import train
 from dataset import CarvanaDataset
 
@@ -50,20 +48,3 @@ def test_of_processes_that_start_together_one_builds(drawn, tmp_path):
     assert [process.returncode for process in processes] == [0, 0, 0]
     decoded = sorted(int(output.split()[-1]) for output in outputs)
     assert decoded == [0, 0, 64]
-
-
-def test_workers_start_under_spawn_as_on_windows_and_macos(project):
-    Path("spawned.py").write_text(
-        "import multiprocessing, sys\nimport train\n"
-        "if __name__ == '__main__':\n"
-        "    multiprocessing.set_start_method('spawn')\n"
-        "    train.main(sys.argv[1:])\n"
-    )
-    command = [sys.executable, "spawned.py", *SMALL, "--num-workers", "2", "--num-epochs", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    spawned = train.utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
-    train.main([*SMALL, "--num-epochs", "1"])
-    forked = train.utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
-    assert all(spawned[name].equal(forked[name]) for name in forked)

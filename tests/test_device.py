@@ -1,0 +1,213 @@
+"""Devices that this machine may lack: GPUs are simulated, with fake tensors, which have shapes but no values."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import distributed
+import train
+import utils
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(2, (9, 0)): PyTorch sees so many GPUs of that compute capability. Returns a list of those made current."""
+
+    def simulate(count: int = 1, capability: tuple[int, int] = (8, 0)) -> list[int]:
+        current, choose_device, fake = [], utils.choose_device, FakeTensorMode()  # made while CUDA is not there
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: (current or [0])[-1])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0))
+        monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
+
+        def choose(name: str) -> torch.device:
+            with fake:
+                return choose_device(name)
+
+        monkeypatch.setattr(utils, "choose_device", choose)
+        return current
+
+    return simulate
+
+
+def torchrun(monkeypatch, processes: int, local_rank: int) -> None:
+    monkeypatch.setattr(distributed, "WORLD_SIZE", processes)
+    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(distributed, "LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_gpu_is_chosen_by_its_index(gpus, name, index):
+    current = gpus(2)
+    device = utils.choose_device(name)
+    assert device == torch.device("cuda", index)
+    torch.cuda.set_device(device)  # refuses a device without an index
+    assert current == [index]
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_training_starts_on_the_gpu(gpus, name, project, run_train, monkeypatch):
+    current = gpus()
+
+    class Reached(Exception):
+        pass
+
+    def new_state(s, device, precision, *_):
+        assert device == CUDA and precision == torch.bfloat16
+        raise Reached
+
+    monkeypatch.setattr(train, "new_state", new_state)
+    with pytest.raises(Reached):
+        run_train("--device", name)
+    assert current == [0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_a_gpu_computes_in_the_type_that_it_is_made_for(gpus, capability, precision):
+    gpus(1, capability)
+    assert utils.choose_precision("auto", CUDA) == precision
+    assert utils.choose_precision("fp32", CUDA) == torch.float32
+
+
+def test_fp32_is_not_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for precision, is_allowed in ((torch.float32, False), (torch.bfloat16, True)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not is_allowed)
+        utils.tune(CUDA, precision)
+        assert torch.backends.cudnn.allow_tf32 == is_allowed
+
+
+def test_a_gpu_without_kernels_leaves_the_work_to_the_cpu_and_says_why(gpus, monkeypatch, capsys):
+    gpus()
+
+    def conv2d(*_):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
+
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    assert utils.choose_device("auto") == torch.device("cpu")
+    assert "cuda:0 cannot be used (CUDA error: no kernel image is available" in capsys.readouterr().out
+    with pytest.raises(utils.UserError, match=r"DEVICE cuda cannot be used here \(CUDA error: no kernel image"):
+        utils.choose_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:5", "tpu", "meta", "xpu", ""])
+def test_a_device_that_is_not_there_is_named(name):
+    if torch.cuda.is_available() and name == "cuda":
+        pytest.skip("it is there")
+    with pytest.raises(utils.UserError, match=f"DEVICE {name} cannot be used here"):
+        utils.choose_device(name)
+
+
+def test_each_process_of_a_machine_gets_a_gpu_of_its_own(gpus, monkeypatch):
+    gpus(2)
+    torchrun(monkeypatch, 2, local_rank=1)
+    for name in ("auto", "cuda"):
+        assert utils.choose_device(name) == torch.device("cuda", 1)
+    assert utils.choose_device("cpu") == torch.device("cpu")
+    for name in ("cuda:0", "mps"):  # one for all of them
+        with pytest.raises(utils.UserError, match=f"DEVICE {name} .*for each"):
+            utils.choose_device(name)
+
+
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
+    gpus(2)
+    torchrun(monkeypatch, 3, local_rank=2)
+    with pytest.raises(utils.UserError, match=r"there are 2 GPUs here: set --nproc_per_node to that"):
+        utils.choose_device("auto")
+
+
+def test_processes_on_gpus_need_nccl(gpus, monkeypatch):
+    gpus(2)
+    torchrun(monkeypatch, 2, local_rank=0)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(utils.UserError, match="NCCL"):
+        utils.choose_device("auto")
+
+
+def test_workers_share_a_machines_cores(monkeypatch):
+    monkeypatch.setattr(utils.os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    assert utils.choose_num_workers(-1, CUDA) == 8
+    torchrun(monkeypatch, 4, local_rank=0)
+    assert utils.choose_num_workers(-1, CUDA) == 3
+    torchrun(monkeypatch, 16, local_rank=0)
+    assert utils.choose_num_workers(-1, CUDA) == 1
+    assert utils.choose_num_workers(-1, torch.device("cpu")) == 0
+    assert utils.choose_num_workers(5, CUDA) == 5
+
+
+def test_only_long_runs_on_cuda_are_compiled(monkeypatch):
+    cpu = torch.device("cpu")
+    assert [utils.should_compile("auto", CUDA, steps) for steps in (96, 4999, 5000)] == [False, False, True]
+    assert not utils.should_compile("auto", cpu, 10**6) and utils.should_compile("yes", cpu, 1)
+    assert not utils.should_compile("no", CUDA, 10**6)
+    torchrun(monkeypatch, 2, local_rank=0)
+    assert not utils.should_compile("auto", CUDA, 10**6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a GPU would compute, on fake tensors
+
+
+@pytest.fixture
+def on_cuda(gpus, monkeypatch):
+    """A network with its optimizer on a simulated GPU, settings, a batch, and the devices that were waited for."""
+    s = utils.parse_settings(vars(train), [*SMALL, "--clip-norm", "1", "--accumulation", "2", "--compile", "no"])
+    items = []
+    with FakeTensorMode():
+        with monkeypatch.context() as patched, CUDA:  # building only: what follows has to name its device
+            patched.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+            state = train.new_state(s, CUDA, torch.bfloat16, 0.2, 64)
+        images = torch.randn(4, 3, 32, 48, device=CUDA).contiguous(memory_format=torch.channels_last)
+        masks = (torch.rand(4, 1, 32, 48, device=CUDA) < 0.2).float()
+
+        def backward(loss: torch.Tensor) -> None:  # fake tensors have none on CUDA
+            assert loss.device == CUDA and loss.dtype == torch.float32 and loss.ndim == 0
+            for weight in state.model.parameters():
+                weight.grad = torch.zeros_like(weight)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        for kind, name in ((torch.Tensor, "item"), (type(images), "tolist")):
+            monkeypatch.setattr(kind, name, lambda tensor: items.append(tensor.device) or 0.5)
+        gpus()
+        yield state, s, images, masks, items
+
+
+def test_a_step_stays_on_the_gpu_and_never_waits_for_it(on_cuda):
+    state, s, images, masks, items = on_cuda
+    for _ in range(2):
+        loss = train.train_step(state, images, masks, 0.01, torch.bfloat16, s, 4)
+        assert loss.device == CUDA and loss.ndim == 0
+    assert CUDA not in items
+    for weight in state.model.parameters():
+        assert weight.device == CUDA
+        assert all(value.device == CUDA for value in state.optimizer.state[weight].values() if torch.is_tensor(value))
+
+
+def test_validation_counts_on_the_gpu(on_cuda):
+    state, _, images, masks, items = on_cuda
+    shown = []
+
+    class Loader:
+        def __init__(self, batches: int) -> None:
+            self.dataset, self.batch_sampler = range(4 * batches), utils.Batches(4 * batches, 4)
+
+        def __iter__(self):
+            yield from [(images, masks[:, 0])] * len(self.batch_sampler)
+
+    waits = []
+    for batches in (1, 5):
+        items.clear()
+        utils.check_accuracy(Loader(batches), state.model, CUDA, torch.bfloat16, lambda *batch: shown.extend(batch))
+        waits.append(items.count(CUDA))
+    assert waits == [2, 2]  # for the progress of the first of ten batches, and for the mean loss at the end
+    assert all(tensor.device == CUDA and tensor.dtype == torch.float32 for tensor in shown)
+    assert [tensor.shape for tensor in shown] == [(4, 1, 32, 48)] * 12

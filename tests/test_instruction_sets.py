@@ -1,0 +1,31 @@
+"""Older CPUs, as this one computes when their instruction sets are all that it may use, learn the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, rows
+
+import train
+
+TRAIN = Path(train.__file__)
+FLAGS = [*SMALL, "--num-epochs", "6"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "precision"),
+    [
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", "fp32"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE", "fp32"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", "bf16"),
+        ("ATEN_CPU_CAPABILITY", "avx2", "fp32"),
+    ],
+)
+def test_every_instruction_set_learns_the_same(project, variable, value, precision):
+    train.main(FLAGS)
+    wanted = float(rows()[-1]["dice"])
+    environment = os.environ | {variable: value}
+    subprocess.run([sys.executable, TRAIN, *FLAGS, "--precision", precision], env=environment, check=True)
+    assert wanted > 0.8 and float(rows()[-1]["dice"]) == pytest.approx(wanted, abs=0.02)

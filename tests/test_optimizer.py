@@ -1,0 +1,106 @@
+"""Muon learns the same whatever a machine makes of float32 products."""
+
+import pytest
+import torch
+from conftest import rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optimizer import adam_, float32_products, muon_, newton_schulz
+
+PRODUCTS = {"aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"}
+BITS = {"highest": 23, "high": 10, "medium": 7}  # of mantissa that a machine may round a product's factors to
+
+
+class RoughMachine(TorchDispatchMode):
+    """Rounds the factors of every float32 product as far as set_float32_matmul_precision allows.
+
+    A GPU with TF32 does so under "high", a CPU with AMX under "medium".
+    """
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if str(operation).rsplit(".", 1)[0] in PRODUCTS:
+            args = [*args[:-2], *map(rounded, args[-2:])]
+        return operation(*args, **(kwargs or {}))
+
+
+def rounded(factor: torch.Tensor) -> torch.Tensor:
+    dropped = 23 - BITS[torch.get_float32_matmul_precision()]
+    if factor.dtype != torch.float32 or not dropped:
+        return factor
+    bits = factor.contiguous().view(torch.int32)
+    return ((bits + (1 << (dropped - 1))) >> dropped << dropped).view(torch.float32)
+
+
+@pytest.fixture(params=["highest", "high", "medium"])
+def rough_machine(request):
+    torch.set_float32_matmul_precision(request.param)
+    with RoughMachine():
+        yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+def matrices() -> torch.Tensor:
+    """(3, 64, 576), whose singular values differ by a factor of 100 and more, as a gradient's do."""
+    generator = torch.Generator().manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(3, 64, 64, generator=generator))[0]
+    return turned @ (torch.randn(3, 64, 576, generator=generator) * torch.logspace(0, 2, 64)[:, None])
+
+
+def step_of(gradients: torch.Tensor) -> torch.Tensor:
+    """The first step of kernels (64, 64, 3, 3) with these gradients."""
+    kernels = [torch.zeros(64, 64, 3, 3) for _ in gradients]
+    for kernel, gradient in zip(kernels, gradients, strict=True):
+        kernel.grad = gradient.reshape(kernel.shape).clone()
+    with float32_products("cpu"):
+        muon_(kernels, {kernel: {} for kernel in kernels}, 1.0, 0.0)
+    return -torch.stack(kernels).reshape(gradients.shape)
+
+
+def test_muon_moves_a_kernel_alike_in_all_directions(rough_machine):
+    step = step_of(matrices())
+    assert torch.get_float32_matmul_precision() == rough_machine  # what the user has set is as it was
+    singular = torch.linalg.svdvals(step)
+    assert singular.min() > 0.65 and singular.max() < 1.25
+    left, _, right = torch.linalg.svd(matrices(), full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(step.flatten(1), (left @ right).flatten(1))
+    assert cosine.min() > 0.97
+
+
+def test_autocast_does_not_reach_the_products():
+    gradients = matrices()
+    wanted = step_of(gradients)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(step_of(gradients), wanted)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_rounded_products_would_be_noticed(precision):
+    torch.set_float32_matmul_precision(precision)
+    with RoughMachine():
+        gradients = matrices()
+        step = newton_schulz(gradients @ gradients.mT) @ gradients
+    torch.set_float32_matmul_precision("highest")
+    assert torch.linalg.svdvals(step).max() > 1.25
+
+
+def test_a_run_on_a_rough_machine_learns_the_same(project, run_train, monkeypatch):
+    flags = ["--num-epochs", "6", "--precision", "fp32"]
+    run_train(*flags)
+    wanted = float(rows()[-1]["dice"])
+    torch.set_float32_matmul_precision("medium")
+    with RoughMachine():
+        run_train(*flags)
+        dice = float(rows()[-1]["dice"])
+    torch.set_float32_matmul_precision("highest")
+    assert wanted > 0.8 and dice == pytest.approx(wanted, abs=0.02)
+
+
+def test_the_other_weights_take_the_steps_of_pytorchs_adam():
+    weight, twin = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    adam, state = torch.optim.Adam([twin], lr=0.1), {}
+    for seed in range(5):
+        weight.grad = twin.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            adam_(weight, state, 0.1)
+        adam.step()
+    torch.testing.assert_close(weight, twin)
