@@ -55,7 +55,7 @@ class Sheet:
 
 
 def draw(model: UNet, path: Path) -> None:
-    shapes, depth = shapes_of(model), len(model.features)
+    shapes, depth = shapes_of(model), len(model.config["features"])
     sheet = Sheet(1900, 1010)
     weights = sum(weight.numel() for weight in model.parameters())
     sheet.text(40, 40, f"U-Net: {weights:,} weights, shown for a {IMAGE_WIDTH} x {IMAGE_HEIGHT} image", 24, anchor="lm")
