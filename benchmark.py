@@ -41,9 +41,12 @@ import dataset
 import predict
 import train
 import utils
-from dataset import CarvanaDataset, find_pairs, written_whole
+from dataset import CarvanaDataset, UserError, find_pairs, written_whole
+from device import Device, choose_device, choose_num_workers, tune
+from distributed import run
 from model import UNet
-from sample_data import draw_dataset
+from sample_data import draw_dataset, use_sample_if_empty
+from settings import Parser, check_settings, parse_settings
 
 ROUNDS = 3  # each contender runs once a round, in turn, so that a noisy machine is noisy for all
 
@@ -157,27 +160,25 @@ PEERS = {"segmentation_models_pytorch": smp_network, "monai": monai_network}  # 
 
 def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, float]:
     """Seconds a step, GFLOP a step, peak memory in MB, and the GFLOP/s of a product of two matrices."""
-    device = utils.choose_device(s.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    precision = utils.choose_precision(s.precision, device)
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": int}[device.type]
+    chosen = choose_device(s.device, s.precision)
+    device = chosen.device
+    wait = {"cuda": partial(torch.cuda.synchronize, device), "mps": torch.mps.synchronize, "cpu": int}[device.type]
     images = torch.randn(s.batch_size, 3, s.image_height, s.image_width, device=device)
     masks = (torch.rand(s.batch_size, 1, s.image_height, s.image_width, device=device) < 0.2).float()
     if name == "classic":
         model = classic_network(s).to(device)
         step = partial(classic_step, model, torch.optim.Adam(model.parameters(), 1e-4), images, masks)
     else:
-        utils.tune(device, precision)
+        tune(chosen)
         if name in PEERS or s.compile == "auto":  # as in a long run
             s.compile = "no" if name in PEERS or device.type != "cuda" else "yes"
-        state = train.new_state(s, device, precision, foreground=0.2, images=s.batch_size)
+        state = train.new_state(s, chosen, foreground=0.2, photos=s.batch_size)
         if name in PEERS:
-            state.model = state.forward = PEERS[name]().to(device, memory_format=utils.memory_format(device))
+            state.model = state.forward = PEERS[name]().to(device, memory_format=chosen.memory_format)
             state.optimizer = torch.optim.AdamW(state.model.parameters(), fused=True)
         model = state.model
-        images = images.contiguous(memory_format=utils.memory_format(device))
-        step = partial(train.train_step, state, images, masks, s.learning_rate, precision, s, len(images))
+        images = images.contiguous(memory_format=chosen.memory_format)
+        step = partial(train.train_step, state, images, masks, chosen, s)
 
     def steps(number: int) -> None:
         for _ in range(number):
@@ -194,7 +195,7 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
         model(images[:1]).sum().backward()
 
     size = 2048 if device.type == "cpu" else 8192
-    some, other = (torch.randn(size, size, device=device, dtype=precision) for _ in range(2))
+    some, other = (torch.randn(size, size, device=device, dtype=chosen.precision) for _ in range(2))
 
     def products() -> None:
         for _ in range(10):
@@ -239,26 +240,24 @@ def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
 
 def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
     """(seconds so far, validation Dice) after each epoch of Adam at 1e-4 with batches of 16, rotated by 35 degrees."""
-    device = utils.choose_device(s.device)
+    device = Device(choose_device(s.device).device, torch.float32)
     steps = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1), A.Normalize((0, 0, 0), (1, 1, 1)), ToTensorV2()]
-    train_loader, val_loader = utils.get_loaders(
-        *map(Path, (s.train_img_dir, s.train_mask_dir, s.val_img_dir, s.val_mask_dir)),
-        (s.image_height, s.image_width),
-        16,
-        A.Compose([A.Rotate(35, p=1.0), *steps]),
-        A.Compose(steps[2:]),
-        utils.choose_num_workers(s.num_workers, device),
-        seed=s.seed,
-        cache_dir=s.cache_dir,
-    )
-    model = classic_network(s).to(device)
+    size = s.image_height, s.image_width
+    train_transform, val_transform = A.Compose([A.Rotate(35, p=1.0), *steps]), A.Compose(steps[2:])
+    train_set = CarvanaDataset(s.train_img_dir, s.train_mask_dir, size, train_transform, s.seed)
+    val_set = CarvanaDataset(s.val_img_dir, s.val_mask_dir, size, val_transform)
+    for data in (train_set, val_set):
+        data.prepare(s.cache_dir)
+    workers = choose_num_workers(s.num_workers, device)
+    train_loader, val_loader = utils.get_loaders(train_set, val_set, 16, workers, seed=s.seed)
+    model = classic_network(s).to(device.device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     start, found = time.perf_counter(), []
     for epoch in range(s.num_epochs):
         train_loader.batch_sampler.epoch = epoch
         for images, masks in train_loader:
-            classic_step(model, optimizer, images.to(device), masks.to(device).unsqueeze(1))
-        dice = utils.check_accuracy(val_loader, model, device, torch.float32)["dice"]
+            classic_step(model, optimizer, images.to(device.device), masks.to(device.device).unsqueeze(1))
+        dice = utils.check_accuracy(val_loader, model, device, train.image_losses)[0]["dice"]
         found.append((time.perf_counter() - start, dice))
     return found
 
@@ -279,7 +278,7 @@ def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
     error_ratio compares 1 - Dice. time_ratio compares the seconds until the classic recipe's last mean Dice, which ours
     may reach in this run or in one of an eighth of the NUM_EPOCHS. Both read the cache: decoding is in neither.
     """
-    train.use_sample_if_empty(s)
+    use_sample_if_empty(s)
     short = SimpleNamespace(**vars(s) | {"num_epochs": max(1, s.num_epochs // 8)})
     classic, ours, our_short = [], [], []
     for seed in range(3):
@@ -333,7 +332,7 @@ def measure_prediction(
 
     def work(photos: list[Path]) -> None:
         if is_plain:
-            predict_plainly(checkpoint, photos, output_dir, utils.choose_device(device))
+            predict_plainly(checkpoint, photos, output_dir, choose_device(device).device)
         else:
             with redirect_stdout(io.StringIO()):
                 flags = "--checkpoint", str(checkpoint), "--output-dir", str(output_dir), "--device", device
@@ -397,15 +396,15 @@ BENCHMARKS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = utils.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--json", type=Path, help="writes the figures to this file, too")
     args, flags = parser.parse_known_args(argv)
     if args.json and not args.json.absolute().parent.is_dir():
-        raise utils.UserError(f"--json {args.json}: its folder does not exist, create it first")
-    settings = utils.parse_settings(vars(train), flags)
-    train.check_settings(settings)
-    machine = describe_machine(utils.choose_device(settings.device))
+        raise UserError(f"--json {args.json}: its folder does not exist, create it first")
+    settings = parse_settings(vars(train), flags)
+    check_settings(settings)
+    machine = describe_machine(choose_device(settings.device).device)
     print("\n".join(f"{name:13} {value}" for name, value in machine.items()), flush=True)
     figures = BENCHMARKS[args.what](settings)
     for name, value in figures.items():
@@ -416,4 +415,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

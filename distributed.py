@@ -1,21 +1,27 @@
-"""One run in several processes, as torchrun --nproc_per_node=4 train.py starts them; alone, all of it does nothing."""
+"""Processes: what those of one run exchange under torchrun, how signals stop them, and how they end.
+
+A run in one process calls the same functions, which then do nothing.
+"""
 
 import os
 import re
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dataset import UserError
 
-# What torchrun tells a process: which it is, of how many, and which on its machine; and how often it started it again.
+# torchrun's names: this process and how many there are, the same on its machine, and how often torchrun restarted it.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -50,7 +56,7 @@ def process_group(minutes: float) -> Iterator[None]:
                 raise
             raise Lost(
                 f"process {RANK} has lost another one, which has ended or was silent for {minutes:g} minutes: see what "
-                f"that one says, and start again; training goes on with --load-model ({str(error).splitlines()[0]})"
+                f"that one says, and start again; training continues with --load-model ({str(error).splitlines()[0]})"
             ) from error
 
 
@@ -59,18 +65,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(re.search(r"out of memory|can't allocate memory|ALLOC(ATION)?_FAILED|CUDA [cm]alloc", str(error)))
 
 
-def exit_(status: int) -> None:
-    """Ends the process; at once where a group is left, because NCCL may wait for ever for a process that is gone."""
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+# ---------------------------------------------------------------------------------------------------------------------
+# What processes exchange
 
 
 @contextmanager
-def first_on_machine() -> Iterator[None]:
-    """Within it the first process of each machine is done before the others begin."""
+def main_process_first() -> Iterator[None]:
+    """Lets the first process of each machine finish the block before the others begin it."""
     if WORLD_SIZE > 1 and LOCAL_RANK > 0:
         dist.barrier()
     yield
@@ -78,62 +79,162 @@ def first_on_machine() -> Iterator[None]:
         dist.barrier()
 
 
-def share(count: int, rank: int = RANK) -> slice:
-    """A process's images of a batch of so many; shares differ by one image at most."""
+def shard(count: int, rank: int = RANK) -> slice:
+    """A process's images of a batch of `count`; shards differ by one image at most."""
     size, larger = divmod(count, WORLD_SIZE)
     start = rank * size + min(rank, larger)
     return slice(start, start + size + (rank < larger))
 
 
-def gather(mine: Tensor, count: int) -> Tensor:
-    """A batch of `count` images, the same on all processes, from their shares (n, ...)."""
+def all_gather(mine: Tensor, count: int) -> Tensor:
+    """A batch of `count` images, the same in all processes, from their shards (n, ...)."""
     if WORLD_SIZE == 1:
         return mine
     padded = mine.new_zeros(-(-count // WORLD_SIZE), *mine.shape[1:])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in range(WORLD_SIZE)]
     dist.all_gather(parts, padded)
-    sizes = [len(range(count)[share(count, rank)]) for rank in range(WORLD_SIZE)]
+    sizes = [len(range(count)[shard(count, rank)]) for rank in range(WORLD_SIZE)]
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def sum_(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Adds up all processes' tensors in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def highest(number: int) -> int:
-    """The highest of all processes' numbers."""
+def all_reduce_max(value: int) -> int:
+    """The largest of all processes' values."""
     if WORLD_SIZE == 1:
-        return number
-    found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+        return value
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
-def from_first(work: Callable, *args: object) -> object:
-    """What work returns in the first process, where alone it is called; tensors in it are the CPU's."""
-    found = [work(*args) if RANK == 0 else None]
+def broadcast_object(make: Callable, *args: object) -> object:
+    """What make(*args) returns in the first process, where alone it is called; tensors in it are the CPU's."""
+    objects = [make(*args) if RANK == 0 else None]
     if WORLD_SIZE > 1:
-        dist.broadcast_object_list(found)
-    return found[0]
+        dist.broadcast_object_list(objects)
+    return objects[0]
 
 
-def everyones(mine: object) -> list:
+def all_gather_object(mine: object) -> list:
     """What each process has, in a list."""
-    found = [mine] * WORLD_SIZE
+    objects = [mine] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.all_gather_object(found, mine)
-    return found
+        dist.all_gather_object(objects, mine)
+    return objects
 
 
-def parallel(model: nn.Module) -> nn.Module:
-    """The model, whose gradients become the mean of all processes' while backward is still going on."""
-    return DistributedDataParallel(model)
+def no_sync(model: nn.Module, is_last: bool) -> AbstractContextManager:
+    """A context in which backward exchanges gradients only for the last part of a batch."""
+    return nullcontext() if is_last or WORLD_SIZE == 1 else model.no_sync()
 
 
-def without_exchange(model: nn.Module, is_so: bool) -> object:
-    """A context in which backward does not exchange gradients yet."""
-    return model.no_sync() if is_so and WORLD_SIZE > 1 else nullcontext()
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+class Stopped(Exception):
+    """A signal asked the run to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signal = signum
+
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_pending: list[int] = []  # signals that have arrived and wait for stop_if_asked
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Lets Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) wait for stop_if_asked; a second Ctrl-C ends at once."""
+
+    def note(signum: int, _: object) -> None:
+        if _pending and signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        _pending.append(signum)
+        os.write(2, b"\nStopping after this step; Ctrl-C again ends at once.\n")  # print is not safe in a handler
+
+    handlers = {signum: signal.signal(signum, note) for signum in STOPPING}
+    try:
+        yield
+    finally:
+        _pending.clear()
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def stop_if_asked() -> None:
+    """Raises Stopped if a signal is waiting in any process. Called between two batches, where the state is whole."""
+    if signum := all_reduce_max(_pending[0] if _pending else 0):
+        raise Stopped(signum)
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Blocks the signals that stop a run while workers start, so that each gets its handlers before the first signal.
+
+    Workers inherit the block, whichever way they start, and end it in ignore_signals.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows, where signals reach one process
+        yield
+        return
+    resource_tracker.ensure_running()  # spawn and forkserver start it, and it unblocks signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_signals(_: int) -> None:
+    """Makes a worker outlive the signals that stop a run: it is still needed.
+
+    A second SIGTERM ends it: that one comes from PyTorch, or from multiprocessing when the run is over.
+    """
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's main. A user's error ends it with one line and exit status 1, a signal with 128 + its number."""
+    status: int | str = 0
+    wait = 10 if RANK else 0  # seconds: most errors are everyone's, and the first process is to say it
+    try:
+        main()
+    except Stopped as stopped:
+        status, wait = 128 + stopped.signal, 0
+    except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
+        status = "error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: ")
+        if isinstance(error, Lost):  # the one that was lost may still want to say why
+            print(status, file=sys.stderr, flush=True)
+            status, wait = 1, 20
+    except KeyboardInterrupt:
+        status = 130
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    # Here the exception is gone, and with it the DataLoader that its frames held, and its workers
+    if status:
+        time.sleep(wait)  # during which torchrun ends this process, if another one has ended
+    if dist.is_initialized():  # after an error NCCL may wait for ever for a process that is gone
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+    sys.exit(status)

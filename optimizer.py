@@ -14,33 +14,42 @@ from torch import Tensor, nn
 ROWS = 64  # at most, of a block that is orthogonalized by itself: as good as 128, in half the time
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for all convolutions but the head; Adam, with a tenth of the learning rate, for head, BatchNorm and biases.
+def muon_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+    """Muon for all convolutions but the head; Adam, with a tenth of the rate, for head, BatchNorm and biases.
 
     Args:
         model: a network whose last layer is `head`.
         lr: how far a step moves a kernel, by the singular values of its blocks.
         weight_decay: a step shrinks the kernels by lr * weight_decay, and nothing else.
     """
+    kernels = [w for name, w in model.named_parameters() if w.ndim == 4 and not name.startswith("head")]
+    others = [w for name, w in model.named_parameters() if w.ndim != 4 or name.startswith("head")]
+    return [
+        {"params": kernels, "update": "muon", "lr": lr, "weight_decay": weight_decay},
+        {"params": others, "update": "adam", "lr": 0.1 * lr},
+    ]
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> None:
-        kernels = [w for name, w in model.named_parameters() if w.ndim == 4 and not name.startswith("head")]
-        others = [w for name, w in model.named_parameters() if w.ndim != 4 or name.startswith("head")]
-        groups = [{"params": kernels, "update": "muon"}, {"params": others, "update": "adam"}]
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups whose "update" is "muon", of kernels with four dimensions, and Adam for those with "adam"."""
+
+    def __init__(self, groups: list[dict], lr: float = 0.05, weight_decay: float = 0.0) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        kernels, others = self.param_groups
-        with float32_products(kernels["params"][0].device.type):
-            muon_(kernels["params"], self.state, kernels["lr"], kernels["weight_decay"])
-        for weight in others["params"]:
-            adam_(weight, self.state[weight], 0.1 * others["lr"])
+        for group in self.param_groups:
+            if group["update"] == "muon":
+                with float32_products(group["params"][0].device.type):
+                    muon_(group["params"], self.state, group["lr"], group["weight_decay"])
+            else:
+                for weight in group["params"]:
+                    adam_(weight, self.state[weight], group["lr"])
 
 
 @contextmanager
 def float32_products(device_type: str) -> Iterator[None]:
-    """Within it products of float32 matrices are computed in float32, whatever the process has switched on.
+    """Computes products of float32 matrices in float32, whatever the process has switched on.
 
     Rounded to bf16, as set_float32_matmul_precision("medium") allows a CPU with AMX, a Gram matrix gets negative
     eigenvalues, on which newton_schulz diverges: Dice after the quick start was 0.944 instead of 0.981. Rounded to
@@ -68,12 +77,12 @@ def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_d
         state["step"] += 1
         state["momentum"].lerp_(kernel.grad, 0.1)
         step = kernel.grad.lerp_(state["momentum"], 0.9)
-        rows = max(number for number in range(1, ROWS + 1) if len(step) % number == 0)
+        rows = max(divisor for divisor in range(1, ROWS + 1) if len(step) % divisor == 0)
         steps.setdefault(rows, []).append((kernel, blocks(step, kernel, rows)))
 
-    for rows, found in steps.items():
-        factors = newton_schulz(torch.cat([step @ step.mT for _, step in found]))
-        for (kernel, step), factor in zip(found, factors.split([len(step) for _, step in found]), strict=True):
+    for rows, pairs in steps.items():
+        factors = newton_schulz(torch.cat([step @ step.mT for _, step in pairs]))
+        for (kernel, step), factor in zip(pairs, factors.split([len(step) for _, step in pairs]), strict=True):
             scale = lr * max(1, len(kernel) / step.shape[-1]) ** 0.5
             blocks(kernel, kernel, rows).baddbmm_(factor, step, beta=1 - lr * weight_decay, alpha=-scale)
 

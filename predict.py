@@ -1,9 +1,9 @@
-"""Cuts the objects out of photos with a network that train.py has trained, at the photos' own size.
+"""Cuts the objects out of photos with a network that train.py has trained, at the photos' original size.
 
     python predict.py photo.jpg folder 'more/*.png'               # predictions/<name>_mask.png: 255 on the car, else 0
     python predict.py folder --cutout --background white          # the car without its background, and on another
     python predict.py data/val_images --mask-dir data/val_masks   # and scores against the truth, worst photos first
-    python predict.py test --submission submission.csv.gz         # Kaggle's format; goes on where it was stopped
+    python predict.py test --submission submission.csv.gz         # Kaggle's format; continues where it was stopped
     torchrun --nproc_per_node=4 predict.py folder                 # shares the photos among four processes
 
 In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model, image) gives probabilities.
@@ -11,10 +11,8 @@ In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model,
 
 import argparse
 import glob
-import gzip
 import os
 import sys
-import tempfile
 import threading
 import time
 import zlib
@@ -23,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -31,23 +30,24 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import utils
-from dataset import SUFFIXES, UserError, find_masks, opened, read_image, read_mask, resize, stem_of
-from distributed import RANK, WORLD_SIZE, everyones, process_group
-from model import DoubleConv, UNet
+from dataset import SUFFIXES, UserError, enlarge, find_masks, opened, read_image, read_mask, resize, stem_of
+from device import Device, choose_device, memory_errors
+from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
+from model import UNet
+from settings import Parser, check_ranges, check_writable
+from submission import Submission, check_table, rle_encode
 
 THREADS = min(8, os.cpu_count() or 1)  # that decode and write while the network computes: Pillow and OpenCV allow it
 LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on, which bounds the memory
 ONE_AT_A_TIME = threading.Lock()
-SCORES = ("dice", "iou", "pixel_accuracy", "boundary_f1")
+SCORES = ("dice", "iou", "pixel_accuracy", "boundary_f1")  # the columns of scores.csv
 TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
 
 # Every PNG says that it is ours, so that none is taken for a photo, and no other file is overwritten.
 SOFTWARE = "predict.py (U-Net for Carvana)"
-KINDS = ("mask", "overlay", "cutout", "background", "probabilities")
 
 
 @dataclass
@@ -67,27 +67,23 @@ class Predictor(nn.Module):
     `size` is the (height, width) at which it was trained.
     """
 
-    def __init__(self, checkpoint: dict, device: torch.device, precision: torch.dtype) -> None:
+    def __init__(self, checkpoint: dict, device: Device) -> None:
         super().__init__()
         settings = checkpoint["preprocessing"]
         self.size = settings["height"], settings["width"]
-        self.mean, self.std = (torch.tensor(settings[name], device=device) for name in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(settings[name], device=device.device) for name in ("mean", "std"))
         self.network = UNet(**checkpoint["model"]).eval()
         self.network.load_state_dict(checkpoint["state_dict"])
-        for block in self.network.modules():  # BatchNorm becomes part of the convolution before it: 12 % faster
-            if isinstance(block, DoubleConv):
-                conv1, norm1, relu1, conv2, norm2, relu2 = block.layers
-                convs = fuse_conv_bn_eval(conv1, norm1), fuse_conv_bn_eval(conv2, norm2)
-                block.layers = nn.Sequential(convs[0], relu1, convs[1], relu2)
-        self.network.to(device, precision, memory_format=utils.memory_format(device))
-        self.precision = precision
+        self.network.fold_batch_norm()
+        self.network.to(device.device, device.precision, memory_format=device.memory_format)
+        self.device = device
 
     @torch.inference_mode()
     def forward(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
         """With tta the mean of the logits of each image and of its mirror image."""
-        pixels = torch.from_numpy(images).to(self.mean.device)
+        pixels = torch.from_numpy(images).to(self.device.device)
         batch = ((pixels / 255 - self.mean) / self.std).permute(0, 3, 1, 2)  # (N, 3, H, W), in channels_last
-        batch = batch.to(self.precision, memory_format=utils.memory_format(pixels.device))
+        batch = batch.to(self.device.precision, memory_format=self.device.memory_format)
         logits = self.network(batch).float()
         if tta:
             logits = (logits + self.network(batch.flip(-1)).float().flip(-1)) / 2
@@ -96,14 +92,15 @@ class Predictor(nn.Module):
 
 def load_model(checkpoint: str | Path, device: str = "auto", precision: str = "auto") -> Predictor:
     """A network with its preprocessing from a checkpoint of train.py. Raises UserError if there is none."""
-    chosen = utils.choose_device(device)
-    return Predictor(utils.load_checkpoint(Path(checkpoint)), chosen, utils.choose_precision(precision, chosen))
+    chosen = choose_device(device, precision)
+    torch.backends.cudnn.allow_tf32 = chosen.precision != torch.float32  # fp32 is to mean fp32
+    return Predictor(utils.load_checkpoint(Path(checkpoint)), chosen)
 
 
 def predict(model: Predictor, image: np.ndarray, tta: bool = False) -> np.ndarray:
     """Probabilities of the foreground, float32 (H, W), for an upright RGB image, uint8 (H, W, 3)."""
     small = np.array(resize(Image.fromarray(image), model.size))
-    return utils.enlarge(model(small[None], tta)[0], small, image)
+    return enlarge(model(small[None], tta)[0], small, image)
 
 
 def predict_tiled(model: Predictor, image: np.ndarray, tile: int, tta: bool = False) -> np.ndarray:
@@ -182,12 +179,49 @@ def draw_overlay(photo: np.ndarray, mask: np.ndarray) -> Image.Image:
     return picture
 
 
-def put_on(background: tuple[int, ...] | Image.Image, cutout: Image.Image, alpha: Image.Image) -> Image.Image:
-    """The cut-out on a colour, or on a picture, which covers its size and is cropped to it."""
-    is_colour = isinstance(background, tuple)
-    canvas = Image.new("RGB", cutout.size, background) if is_colour else ImageOps.fit(background, cutout.size)
-    canvas.paste(cutout, mask=alpha)
-    return canvas
+class Prediction:
+    """What the outputs are drawn from: a photo, uint8 (H, W, 3), its probabilities, float32 (H, W), and the flags."""
+
+    def __init__(self, photo: np.ndarray, probabilities: np.ndarray, args: argparse.Namespace) -> None:
+        self.photo, self.probabilities, self.args = photo, probabilities, args
+        self.mask = cv2.compare(probabilities, args.threshold, cv2.CMP_GT)  # uint8 (H, W) in {0, 255}
+
+    def sixteen_bits(self) -> Image.Image:
+        picture = np.empty(self.probabilities.shape, np.uint16)
+        for rows, _, _ in bands(len(picture), 0):
+            picture[rows] = (self.probabilities[rows] * 65535).round()
+        return Image.fromarray(picture)
+
+    @cached_property
+    def alpha(self) -> Image.Image:
+        return Image.fromarray(soft_edge(self.probabilities, self.args.threshold))
+
+    @cached_property
+    def object(self) -> Image.Image:
+        """The photo, with the object's own colours along its edge."""
+        return Image.fromarray(clean_edge(self.photo, np.asarray(self.alpha)))
+
+    def on_background(self) -> Image.Image:
+        """The object on a colour, or on a picture, which covers the photo's size and is cropped to it."""
+        background, size = self.args.background, self.alpha.size
+        is_colour = isinstance(background, tuple)
+        canvas = Image.new("RGB", size, background) if is_colour else ImageOps.fit(background, size)
+        canvas.paste(self.object, mask=self.alpha)
+        return canvas
+
+    def cutout(self) -> Image.Image:
+        self.object.putalpha(self.alpha)
+        return self.object
+
+
+# <name>_<kind>.png: what draws it, in this order, and its flag's help. A new output is an entry here.
+OUTPUTS: dict[str, tuple[Callable[[Prediction], Image.Image], str]] = {
+    "mask": (lambda p: Image.fromarray(p.mask), "255 on the object, else 0: always, but with --submission"),
+    "overlay": (lambda p: draw_overlay(p.photo, p.mask), "the photo with the mask tinted and outlined"),
+    "probabilities": (Prediction.sixteen_bits, "16 bit, 65535 is 1"),
+    "background": (Prediction.on_background, "the object on white, #rrggbb or image.jpg"),
+    "cutout": (Prediction.cutout, "the object on transparency"),  # last: it changes the object's picture
+}
 
 
 def load_background(text: str) -> tuple[int, ...] | Image.Image:
@@ -203,7 +237,7 @@ def load_background(text: str) -> tuple[int, ...] | Image.Image:
 def write_png(path: Path, picture: Image.Image) -> None:
     """Raises UserError where there is a file that is not ours, and where none can be written."""
     if path.exists() and not is_ours(path):
-        raise UserError(f"{path} is not of predict.py's making: move it away, or choose another --output-dir")
+        raise UserError(f"{path} was not written by predict.py: move it away, or choose another --output-dir")
     text = PngImagePlugin.PngInfo()
     text.add_text("Software", SOFTWARE)
     with utils.saving(path) as temporary:  # 3 is run lengths: 14 ms a mask instead of 23, 160 a cut-out of 370
@@ -217,82 +251,13 @@ def is_ours(path: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Run lengths, the format of the challenge
-
-
-def rle_encode(mask: np.ndarray) -> str:
-    """Runs of a mask (H, W), which is foreground where it is not 0: "start length start length ...".
-
-    Pixels count from 1, row by row from the top left; an empty mask gives "".
-    https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
-    """
-    pixels = np.zeros(mask.size + 2, bool)  # with background before the first and after the last
-    pixels[1:-1] = mask.ravel() != 0
-    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    changes[1::2] -= changes[::2]
-    return " ".join(map(str, changes.tolist()))
-
-
-def rle_decode(runs: str, size: tuple[int, int]) -> np.ndarray:
-    """The mask of that (height, width) that rle_encode has encoded: uint8 (H, W) in {0, 1}."""
-    numbers = np.array(runs.split(), np.int64)
-    mask = np.zeros(size, np.uint8)
-    for start, length in zip(numbers[::2] - 1, numbers[1::2], strict=True):
-        mask.ravel()[start : start + length] = 1
-    return mask
-
-
-class Submission:
-    """Kaggle's file, a row for each photo. Rows gather beside it until all are there, so that a stopped run goes on.
-
-    Every process of every run adds to a file of its own, <path>.<key>-<random>.part. The key stands for what decides
-    the masks: rows of another network or threshold are not taken over.
-    """
-
-    def __init__(self, path: Path, photos: list[Photo], key: str) -> None:
-        self.path, self.names = path, {photo.path.name for photo in photos}
-        if len(self.names) < len(photos) or any("," in name for name in self.names):
-            raise UserError(f"{path} names photos by file name: give each once, and none with a comma in its name")
-        check_writable(path.parent)
-        check_table(path, "img,rle_mask")
-        self.prefix = f"{path.name}.{key}-"
-        self.done = {name for name, _ in self.rows()}
-        self.part = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            "w", encoding="utf-8", dir=path.parent, prefix=self.prefix, suffix=".part", delete=False
-        )
-
-    def parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{glob.escape(self.prefix)}*.part"))
-
-    def rows(self) -> Iterator[tuple[str, str]]:
-        """(photo's name, line) of every whole line; the one at which a process was killed lacks its end."""
-        for part in self.parts():
-            with part.open(encoding="utf-8") as file:
-                yield from ((line.partition(",")[0], line) for line in file if line.endswith("\n"))
-
-    def add(self, photo: Photo, runs: str) -> None:
-        self.part.write(f"{photo.path.name},{runs}\n")
-
-    def write(self) -> None:
-        """The file itself, of all rows that are there."""
-        opener = gzip.open if self.path.suffix == ".gz" else open
-        with utils.saving(self.path) as temporary, opener(temporary, "wt", encoding="utf-8", newline="\n") as file:
-            file.write("img,rle_mask\n")
-            missing = set(self.names)
-            for name, line in self.rows():
-                if name in missing:  # once, should two runs have added it
-                    missing.remove(name)
-                    file.write(line)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Photos in, files out
 
 
 def find_photos(inputs: list[str], mask_dir: Path | None) -> list[Photo]:
     """The photos that are given as files, folders (with all below them) and patterns, each once, sorted within those.
 
-    Files of our own making are left out. A name that is taken gets a number: x/a.jpg and y/a.jpg give a and a-2.
+    Files that predict.py wrote are left out. A name that is taken gets a number: x/a.jpg and y/a.jpg give a and a-2.
     Raises UserError where an input holds none.
     """
     paths: dict[Path, Path] = {}  # by what they resolve to
@@ -306,7 +271,7 @@ def find_photos(inputs: list[str], mask_dir: Path | None) -> list[Photo]:
             found = sorted(map(Path, glob.glob(given, recursive=True)))  # noqa: PTH207
         if found != [folder]:
             found = [path for path in found if path.suffix.lower() in SUFFIXES]
-        found = [path for path in found if not (path.stem.endswith(KINDS) and is_ours(path))]
+        found = [path for path in found if not (path.stem.endswith(tuple(OUTPUTS)) and is_ours(path))]
         if not found:
             raise UserError(f"{given}: no photos there ({', '.join(SUFFIXES)}): correct the path")
         for path in found:
@@ -373,56 +338,53 @@ def run_network(model: Predictor, decoded: Iterator, batch_size: int, args: argp
 
 
 def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, args: argparse.Namespace) -> tuple:
-    """Makes of the network's input, uint8 (h, w, 3), and output, float32 (h, w), all that is asked for.
+    """Writes all that is asked for, from the network's input, uint8 (h, w, 3), and output, float32 (h, w).
 
     Returns the photo, its scores and its run lengths, the last two where they are asked for.
     """
-
-    def save(kind: str, picture: Image.Image) -> None:
-        write_png(args.output_dir / f"{photo.name}_{kind}.png", picture)
-
-    scores = runs = None
     with large_ones_wait(photo):
         full = image if args.tile and not args.size else read_image(photo.path)
-        probabilities = utils.enlarge(logits, image, full)
-        mask = cv2.compare(probabilities, args.threshold, cv2.CMP_GT)  # uint8 (H, W) in {0, 255}
-        if args.submission:
-            runs = rle_encode(mask)
-        else:
-            save("mask", Image.fromarray(mask))
-        if photo.mask:
-            scores = score(mask, photo.mask)
-        if args.overlay:
-            save("overlay", draw_overlay(full, mask))
-        alpha = soft_edge(probabilities, args.threshold) if args.cutout or args.background else None
-        if args.probabilities:
-            probabilities *= 65535
-            save("probabilities", Image.fromarray(probabilities.round(out=probabilities).astype(np.uint16)))
-        del probabilities, mask  # for the memory of a large photo
-        if alpha is not None:
-            cutout, alpha = Image.fromarray(clean_edge(full, alpha)), Image.fromarray(alpha)
-            if args.background:
-                save("background", put_on(args.background, cutout, alpha))
-            if args.cutout:
-                cutout.putalpha(alpha)
-                save("cutout", cutout)
+        prediction = Prediction(full, enlarge(logits, image, full), args)
+        runs = rle_encode(prediction.mask) if args.submission else None
+        scores = score(prediction.mask, photo.mask) if photo.mask else None
+        for kind in args.outputs:
+            write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
     return photo, scores, runs
+
+
+def boundary_f1(prediction: np.ndarray, mask: np.ndarray) -> float:
+    """F1 of two masks' boundaries, uint8 (H, W) that are foreground where they are not 0; 1 where both have none.
+
+    Precision is the share of the predicted boundary that lies within 0.75 % of the diagonal (17 pixels of a Carvana
+    photo) of the true one, recall the reverse: Csurka, Larlus, Perronnin and Meylan, "What is a good evaluation measure
+    for semantic segmentation?", BMVC 2013.
+    """
+    tolerance = 0.0075 * np.hypot(*mask.shape)
+    masks = ((pixels > 0).astype(np.uint8) for pixels in (prediction, mask))
+    outlines = [pixels - cv2.erode(pixels, np.ones((3, 3), np.uint8)) for pixels in masks]
+    if not all(outline.any() for outline in outlines):
+        return float(not any(outline.any() for outline in outlines))
+    x, y, width, height = cv2.boundingRect(outlines[0] | outlines[1])
+    predicted, true = (outline[y : y + height, x : x + width] for outline in outlines)
+    near_predicted, near_true = (
+        cv2.distanceTransform(1 - outline, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= tolerance
+        for outline in (predicted, true)
+    )
+    precision, recall = near_true[predicted > 0].mean(), near_predicted[true > 0].mean()
+    return float(2 * precision * recall / max(precision + recall, 1e-9))
 
 
 def score(mask: np.ndarray, path: Path) -> dict[str, float]:
     """Scores of a mask, uint8 (H, W) in {0, 255}, against the true one in a file. Raises UserError if sizes differ."""
-    truth = read_mask(path)
-    if truth.shape != mask.shape:
-        height, width = mask.shape
-        raise UserError(f"{path} is {truth.shape[1]} x {truth.shape[0]}, but its photo {width} x {height}: mend it")
-    hits, found, wanted = map(cv2.countNonZero, (mask & truth, mask, truth))
-    tp, fp, fn = torch.tensor((hits, found - hits, wanted - hits))
-    return {
-        "dice": utils.dice_scores(tp, fp, fn).item(),
-        "iou": utils.iou_scores(tp, fp, fn).item(),
-        "pixel_accuracy": 1 - (fp + fn).item() / mask.size,
-        "boundary_f1": utils.boundary_f1(mask, truth),
-    }
+    true_mask = read_mask(path)
+    if true_mask.shape != mask.shape:
+        sizes = [f"{width} x {height}" for height, width in (true_mask.shape, mask.shape)]
+        raise UserError(f"{path} is {sizes[0]}, but its photo {sizes[1]}: make the mask again at that size")
+    tp, predicted, foreground = map(cv2.countNonZero, (mask & true_mask, mask, true_mask))
+    fp, fn = predicted - tp, foreground - tp
+    counts = torch.tensor((tp, fp, fn, mask.size - tp - fp - fn), dtype=torch.float64)
+    scores = {name: value.item() for name, value in utils.image_scores(*counts).items()}
+    return scores | {"boundary_f1": boundary_f1(mask, true_mask)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,16 +393,15 @@ def score(mask: np.ndarray, path: Path) -> dict[str, float]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked. Raises UserError."""
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="photo", help="photos, folders with all below them, 'patterns*'")
     add("--output-dir", type=Path, default=Path("predictions"), help="[predictions]")
-    add("--overlay", action="store_true", help="<name>_overlay.png: the photo with the mask tinted and outlined")
-    add("--cutout", action="store_true", help="<name>_cutout.png: the object on transparency")
-    add("--background", metavar="COLOUR|IMAGE", help="<name>_background.png: it on white, #rrggbb or image.jpg")
-    add("--probabilities", action="store_true", help="<name>_probabilities.png: 16 bit, 65535 is 1")
+    for kind, (_, text) in OUTPUTS.items():
+        takes_value = {"metavar": "COLOUR|IMAGE"} if kind == "background" else {"action": "store_true"}
+        add(f"--{kind}", help=f"<name>_{kind}.png: {text}", **takes_value)
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")
-    add("--mask-dir", type=Path, help="true masks: scores at the photos' own size, in <output-dir>/scores.csv")
+    add("--mask-dir", type=Path, help="true masks: scores at the photos' original size, in <output-dir>/scores.csv")
     add("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
     add("--threshold", type=float, default=0.5, help="the probability above which a pixel is foreground [0.5]")
     add("--tta", action="store_true", help="averages photo and mirror image: twice the time, a little better")
@@ -456,101 +417,104 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="photos that the network sees at once [8]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first that is there]")
     args = parser.parse_args(argv)
-    for name, is_valid, wanted in (
-        ("threshold", lambda v: 0 < v < 1, "a number between 0 and 1"),
-        ("size", lambda v: v is None or min(v) >= 16, "height and width, at least 16"),
-        ("batch_size", lambda v: v >= 1, "a whole number, at least 1"),
-    ):
-        if not is_valid(value := getattr(args, name)):
-            raise UserError(f"--{name.replace('_', '-')} is {value}: set it to {wanted}")
+    check_ranges(
+        args,
+        (
+            ("threshold", float, lambda v: 0 < v < 1, "a number between 0 and 1"),
+            ("size", list | None, lambda v: v is None or min(v) >= 16, "height and width, at least 16"),
+            ("batch_size", int, lambda v: v >= 1, "a whole number, at least 1"),
+        ),
+        lambda name: f"--{name.replace('_', '-')}",
+    )
+    args.mask = args.mask or not args.submission
+    args.outputs = [kind for kind in OUTPUTS if getattr(args, kind)]
     args.background = args.background and load_background(args.background)
     return args
 
 
-def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
-
-
-def check_table(path: Path, columns: str) -> None:
-    """Raises UserError where a file with other columns is in the way: it is not ours to overwrite."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            if file.readline().strip() == columns:
-                return
-    except FileNotFoundError:
-        return
-    except (OSError, EOFError, ValueError, zlib.error):  # a folder, or no text
-        pass
-    raise UserError(f"{path} is not of predict.py's making: move it away, or choose another name")
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+def load_network(args: argparse.Namespace) -> Predictor:
+    """The network, set to the size or the tiles that are asked for. Raises UserError."""
     model = load_model(args.checkpoint, args.device)
-    multiple = 4 * 2 ** len(model.network.features)  # tiles are shifted by quarters, which every stage must halve
+    multiple = 4 * model.network.multiple  # tiles are shifted by quarters, which every stage must halve
     if args.tile is not None and (args.tile < multiple or args.tile % multiple):
         raise UserError(f"--tile is {args.tile}: set it to a multiple of {multiple}, such as {8 * multiple}")
     if args.size or args.tile:
         model.size = args.size and tuple(args.size)  # None leaves photos as they are
+    return model
 
-    photos = find_photos(args.inputs, args.mask_dir)
-    if not args.submission or args.mask_dir or args.overlay or args.cutout or args.background or args.probabilities:
-        check_writable(args.output_dir)
-    if args.mask_dir:
-        check_table(args.output_dir / "scores.csv", "photo," + ",".join(SCORES))
-    share = photos[RANK::WORLD_SIZE]
-    if args.submission:
-        stat = Path(args.checkpoint).stat()
-        folders = sorted({str(photo.path.resolve().parent) for photo in photos})  # test_hq has the names of test
-        decisive = stat.st_size, stat.st_mtime_ns, args.threshold, args.tta, args.size, args.tile, folders
-        submission = Submission(args.submission, photos, f"{zlib.crc32(repr(decisive).encode()):08x}")
-        share = [photo for photo in share if photo.path.name not in submission.done]
 
+def open_submission(args: argparse.Namespace, photos: list[Photo]) -> Submission:
+    """The submission file, with the rows that an earlier run with the same network and flags has left."""
+    stat = Path(args.checkpoint).stat()
+    folders = sorted({str(photo.path.resolve().parent) for photo in photos})  # test_hq has the names of test
+    decisive = stat.st_size, stat.st_mtime_ns, args.threshold, args.tta, args.size, args.tile, folders
+    key = f"{zlib.crc32(repr(decisive).encode()):08x}"
+    return Submission(args.submission, [photo.path for photo in photos], key)
+
+
+def predict_all(
+    photos: list[Photo], model: Predictor, args: argparse.Namespace, submission: Submission | None
+) -> tuple[list[str], list[dict]]:
+    """Decodes, predicts and writes, all three side by side. Returns what failed, a sentence each, and the scores."""
     failures, scores = [], []
-    number_of_batches = -(-len(share) // args.batch_size)
-    batch_size = 1 if args.tile else -(-len(share) // max(1, number_of_batches))  # 9 photos: 5 and 4, not 8 and 1
+    batches = -(-len(photos) // args.batch_size)
+    batch_size = 1 if args.tile else -(-len(photos) // max(1, batches))  # 9 photos: 5 and 4, not 8 and 1
     threads, depth = (1, 1) if args.tile else (THREADS, THREADS + batch_size)  # photos for tiles are large: no queue
-    start = time.perf_counter()
-    bar = utils.progress(total=len(share), desc="predicting", unit="photo")
+    bar = utils.progress(total=len(photos), desc="predicting", unit="photo")
     with ThreadPoolExecutor(threads) as pool, bar:
-        decoded = in_threads(pool, depth, decode, ((photo, model.size) for photo in share), failures)
+        decoded = in_threads(pool, depth, decode, ((photo, model.size) for photo in photos), failures)
         predicted = ((*item, args) for item in run_network(model, decoded, batch_size, args))
         for photo, row, runs in in_threads(pool, depth, finish, predicted, failures):
             if row:
-                scores.append({"photo": str(photo.path)} | row)
-            if args.submission:
-                submission.add(photo, runs)
+                scores.append({"photo": str(photo.path)} | {name: row[name] for name in SCORES})
+            if submission:
+                submission.add(photo.path, runs)
             bar.update()
+    return failures, scores
 
+
+def print_scores(scores: list[dict]) -> None:
+    """The five worst photos and the mean."""
+    print("".join(f"{name:>16}" for name in SCORES))
+    mean = {name: np.mean([row[name] for row in scores]) for name in SCORES}
+    for row in (*scores[:5], mean | {"photo": f"mean of {len(scores)}"}):
+        print("".join(f"{row[name]:16.4f}" for name in SCORES) + f"  {row['photo']}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    model = load_network(args)
+    photos = find_photos(args.inputs, args.mask_dir)
+    if args.outputs or args.mask_dir:
+        check_writable(args.output_dir, "--output-dir")
+    if args.mask_dir:
+        check_table(args.output_dir / "scores.csv", "photo," + ",".join(SCORES))
+    shard, submission = photos[RANK::WORLD_SIZE], None
     if args.submission:
+        submission = open_submission(args, photos)
+        shard = [photo for photo in shard if photo.path.name not in submission.done]
+
+    start = time.perf_counter()
+    with memory_errors(f"at --batch-size {args.batch_size}: set it to 1, or --size or --tile to less"):
+        results = predict_all(shard, model, args, submission)
+    if submission:
         submission.part.close()
     with process_group(minutes=7 * 24 * 60):  # one may have much larger photos than another
-        everyone = everyones((failures, scores))
+        everyone = all_gather_object(results)
     if RANK > 0:
         return
 
     failed = sum(len(failures) for failures, _ in everyone)
     scores = sorted((row for _, rows in everyone for row in rows), key=lambda row: row["dice"])
-    seconds = time.perf_counter() - start
-    print(f"{len(photos) - failed} photos in {seconds:.1f} s: {args.submission or args.output_dir}")
+    print(f"{len(photos) - failed} photos in {time.perf_counter() - start:.1f} s: {args.submission or args.output_dir}")
     if scores:
         utils.save_metrics(scores, args.output_dir / "scores.csv")
-        print("".join(f"{name:>16}" for name in SCORES))
-        mean = {name: np.mean([row[name] for row in scores]) for name in SCORES}
-        for row in (*scores[:5], mean | {"photo": f"mean of {len(scores)}"}):
-            print("".join(f"{row[name]:16.4f}" for name in SCORES) + f"  {row['photo']}")
-    if args.submission:
-        submission.write()
-        if not failed:  # else the same command adds what is missing, once the photos are mended
-            for part in submission.parts():
-                part.unlink()
+        print_scores(scores)
+    if submission:
+        submission.write(is_complete=not failed)
     if failed:
-        raise UserError(f"{failed} of {len(photos)} photos could not be predicted, as said above: mend or remove them")
+        raise UserError(f"{failed} of {len(photos)} photos could not be predicted, as said above: fix or remove them")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run(main)

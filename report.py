@@ -20,11 +20,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import save_image
 
-from dataset import CarvanaDataset, UserError
+from dataset import CarvanaDataset, UserError, describe
 from utils import confusion, dice_scores, save_predictions_as_imgs, saving
 
 # Colours that colour-blind people can tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color/
-RIGHT, MISSED, INVENTED = (86, 180, 233), (240, 228, 66), (213, 94, 0)
+TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (86, 180, 233), (240, 228, 66), (213, 94, 0)
 BLUE, VERMILION = "#0072b2", "#d55e00"
 PAGE_WIDTH = 480  # pixels of a photo on the page, at most
 
@@ -35,23 +35,17 @@ class Report:
     Its methods raise UserError where something could not be written.
 
     Args:
-        folder: saved_images/.
-        data: the prepared validation set.
-        max_photos: on the page; of more, so many are shown, evenly spaced.
-        settings: of the run, by name, for the page.
-        data_report: utils.describe's text, likewise.
-        tensorboard_dir: gets events for TensorBoard, if it is not None.
+        s: train.py's settings.
+        train_set, val_set: the prepared data.
     """
 
-    def __init__(
-        self, folder: Path, data: CarvanaDataset, max_photos: int, settings: dict[str, object], data_report: str,
-        tensorboard_dir: str | None = None,
-    ) -> None:  # fmt: skip
-        self.folder, self.data, self.settings, self.data_report = folder, data, settings, data_report
-        shown = np.linspace(0, len(data) - 1, min(max_photos, len(data))).round().astype(int)
+    def __init__(self, s: SimpleNamespace, train_set: CarvanaDataset, val_set: CarvanaDataset) -> None:
+        self.folder, self.data, self.settings = Path(s.saved_images_dir), val_set, vars(s)
+        self.data_report = describe(train_set, val_set)
+        shown = np.linspace(0, len(val_set) - 1, min(s.page_photos, len(val_set))).round().astype(int)  # evenly spaced
         self.pictures = {index: {} for index in shown.tolist()}  # of the photos on the page, by their index
         self.batches = self.photos = 0  # of the validation under way
-        self.board = tensorboard_writer(tensorboard_dir, settings) if tensorboard_dir else None
+        self.board = tensorboard_writer(s.tensorboard_dir, vars(s)) if s.tensorboard_dir else None
 
     def __enter__(self) -> "Report":
         self.thread, self.pending = ThreadPoolExecutor(1), deque[Future]()
@@ -63,13 +57,13 @@ class Report:
             self.pending.popleft().result()
 
     def add(self, logits: Tensor, masks: Tensor) -> None:
-        """Has the validation set's next batch drawn: logits and masks float32 (N, 1, H, W), on any device."""
+        """Queues the validation set's next batch for drawing: logits and masks float32 (N, 1, H, W), on any device."""
         batch = (logits.sigmoid() * 255).byte(), logits > 0, masks > 0
         self._later(self._draw_batch, self.batches, self.photos, *(tensor.cpu() for tensor in batch))
         self.batches, self.photos = self.batches + 1, self.photos + len(masks)
 
     def finish(self, history: list[dict], photo_dice: list[list[float]]) -> None:
-        """Has curves and page drawn, after an epoch's last batch.
+        """Queues curves and page for drawing, after an epoch's last batch.
 
         Args:
             history: the rows of metrics.csv.
@@ -83,12 +77,12 @@ class Report:
             self.pending.popleft().result()
         self.pending.append(self.thread.submit(work, *args))
 
-    def _draw_batch(self, number: int, first: int, probabilities: Tensor, predictions: Tensor, masks: Tensor) -> None:
-        save_predictions_as_imgs(predictions, masks, number, self.folder)
+    def _draw_batch(self, batch: int, first: int, probabilities: Tensor, predictions: Tensor, masks: Tensor) -> None:
+        save_predictions_as_imgs(predictions, masks, batch, self.folder)
         dice = dice_scores(*confusion(predictions, masks)[:3]).tolist()
         tiles = []
         for offset, (probability, prediction, mask) in enumerate(
-            zip(*(batch[:, 0].numpy() for batch in (probabilities, predictions, masks)), strict=True)
+            zip(*(tensor[:, 0].numpy() for tensor in (probabilities, predictions, masks)), strict=True)
         ):
             image = self.data.sample(first + offset)[0]
             layer = errors(mask, prediction)
@@ -96,7 +90,7 @@ class Report:
             if first + offset in self.pictures:
                 self.pictures[first + offset] = page_pictures(image, mask, prediction, layer, probability)
         overlay = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
-        with saving(self.folder / f"overlay_{number}.png") as temporary:
+        with saving(self.folder / f"overlay_{batch}.png") as temporary:
             save_image(overlay, temporary, format="png", nrow=4, pad_value=0.5)
 
     def _draw_run(self, batches: int, history: list[dict], photo_dice: list[list[float]]) -> None:
@@ -121,12 +115,12 @@ class Report:
 
 
 def errors(mask: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Two bool (H, W) -> a layer RGBA uint8 (H, W, 4): what is right, missed, invented, and the truth's outline."""
+    """Two bool (H, W) -> RGBA uint8 (H, W, 4): true positives, false negatives, false positives, true outline."""
     layer = np.zeros((*mask.shape, 4), np.uint8)
     for where, colour, alpha in (
-        (mask & prediction, RIGHT, 100),
-        (mask & ~prediction, MISSED, 200),
-        (~mask & prediction, INVENTED, 200),
+        (mask & prediction, TRUE_POSITIVE, 100),
+        (mask & ~prediction, FALSE_NEGATIVE, 200),
+        (~mask & prediction, FALSE_POSITIVE, 200),
     ):
         layer[where] = *colour, alpha
     layer[outline(mask)] = 255
@@ -162,13 +156,13 @@ def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, pat
         save_image(picture.clamp(0, 1), temporary, format="png", nrow=4, pad_value=0.5)
 
 
-def remove_older_pictures(number: int, folder: Path) -> None:
-    """Removes the pictures of batches from `number` on, which an earlier run with more batches has left."""
-    while (prediction := folder / f"pred_{number}.png").exists() and (truth := folder / f"{number}.png").exists():
+def remove_older_pictures(batch: int, folder: Path) -> None:
+    """Removes the pictures of batches from `batch` on, which an earlier run with more batches has left."""
+    while (prediction := folder / f"pred_{batch}.png").exists() and (truth := folder / f"{batch}.png").exists():
         prediction.unlink()
         truth.unlink()
-        (folder / f"overlay_{number}.png").unlink(missing_ok=True)
-        number += 1
+        (folder / f"overlay_{batch}.png").unlink(missing_ok=True)
+        batch += 1
 
 
 def draw_curves(history: list[dict], path: Path) -> None:
@@ -182,7 +176,7 @@ def draw_curves(history: list[dict], path: Path) -> None:
         strict=True,
     ):
         for name, colour, marker in zip(lines, (BLUE, VERMILION), ("o", "s"), strict=False):
-            values = [row[name] for row in history]
+            values = [row.get(name, np.nan) for row in history]
             axes.plot(epochs, values, marker, ls="-", color=colour, ms=4 if len(epochs) < 50 else 0, label=name)
         if len(lines) > 1:
             axes.legend()
@@ -222,7 +216,7 @@ def data_uri(kind: str, picture: np.ndarray, *options: int) -> str:
 
 
 def write_page(
-    folder: Path, history: list[dict], photos: list[SimpleNamespace], number: int, settings: dict, data_report: str
+    folder: Path, history: list[dict], photos: list[SimpleNamespace], count: int, settings: dict, data_report: str
 ) -> None:
     """Writes index.html, which needs no other file, from page.html."""
     environment = jinja2.Environment(
@@ -232,14 +226,15 @@ def write_page(
     curves = base64.b64encode((folder / "curves.png").read_bytes()).decode()
     page = environment.get_template("page.html").render(
         history=history,
+        columns=list(dict.fromkeys(name for row in history for name in row)),
         best=max(history[-len(photos[0].dice) :], key=lambda row: row["dice"]),  # on these photos
         photos=sorted(photos, key=lambda photo: photo.dice[-1]),
-        number=number,
+        count=count,
         settings=settings,
         data_report=data_report,
         curves=Markup(f"data:image/png;base64,{curves}"),
         span=max(1 - min((min(photo.dice) for photo in photos), default=0), 1e-3),  # of the curves of Dice
-        colours={"right": RIGHT, "missed": MISSED, "invented": INVENTED},
+        colours={"true positive": TRUE_POSITIVE, "false negative": FALSE_NEGATIVE, "false positive": FALSE_POSITIVE},
     )
     with saving(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")  # a name may be no text
@@ -267,7 +262,7 @@ def log_to_tensorboard(board: object, row: dict, folder: Path, batches: int) -> 
     """Logs an epoch's row of metrics.csv and its first overlays."""
     for name, value in row.items():
         board.add_scalar(name, value, row["epoch"])
-    for number in range(min(4, batches)):
-        overlay = cv2.cvtColor(cv2.imread(str(folder / f"overlay_{number}.png")), cv2.COLOR_BGR2RGB)
-        board.add_image(f"overlay_{number}", overlay, row["epoch"], dataformats="HWC")
+    for batch in range(min(4, batches)):
+        overlay = cv2.cvtColor(cv2.imread(str(folder / f"overlay_{batch}.png")), cv2.COLOR_BGR2RGB)
+        board.add_image(f"overlay_{batch}", overlay, row["epoch"], dataformats="HWC")
     board.flush()

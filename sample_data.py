@@ -15,11 +15,14 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from dataset import UserError
 
 VIEWS = 16  # photos of a car, 22.5 degrees apart
 HEIGHT, WIDTH = 1280, 1918  # of a photo in pixels, as in Carvana
@@ -430,6 +433,25 @@ def draw_dataset(
         temporary.rename(output_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def use_sample_if_empty(s: SimpleNamespace) -> None:
+    """Draws cars and makes them the data of train.py's settings, while the four folders of data/ are all empty."""
+    folders = (s.train_img_dir, s.train_mask_dir, s.val_img_dir, s.val_mask_dir)
+    if folders != ("data/train_images", "data/train_masks", "data/val_images", "data/val_masks"):
+        return
+    for folder in map(Path, folders):
+        if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
+            return
+    sample = Path("data/sample")
+    print(f"data/ has no photos of yours yet: training on drawn cars in {sample}/")
+    if not sample.exists():
+        try:
+            draw_dataset(sample)
+        except OSError as error:
+            raise UserError(f"{sample} cannot be drawn ({error}): make room for 20 MB there") from error
+    s.train_img_dir, s.train_mask_dir = str(sample / "train_images"), str(sample / "train_masks")
+    s.val_img_dir, s.val_mask_dir = str(sample / "val_images"), str(sample / "val_masks")
 
 
 def main(argv: list[str] | None = None) -> None:

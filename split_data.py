@@ -22,7 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import SUFFIXES, UserError, car_of, find_pairs, read_sample, written_whole
-from utils import Parser, run
+from distributed import run
+from settings import Parser
 
 NOT_SEARCHED = {"test", "test_hq", "sample", "cache", "saved_images"}  # test photos have no masks; the others are ours
 

@@ -30,7 +30,7 @@ def test_train_compares_the_classic_step_with_ours(project, monkeypatch):
 
 
 def test_recipe_compares_what_both_have_learned(project, capsys):
-    found = figures("recipe", "--num-epochs", "1")
+    found = figures("recipe", "--num-epochs", "2")
     ours = [found[f"our_dice_seed_{seed}"] for seed in range(3)]
     assert found["our_dice"] == pytest.approx(sum(ours) / 3) and len(set(ours)) == 3
     assert found["error_ratio"] == pytest.approx((1 - found["our_dice"]) / (1 - found["classic_dice"]))

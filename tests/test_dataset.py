@@ -14,6 +14,7 @@ from PIL import Image
 import train
 import utils
 from dataset import CarvanaDataset, UserError, find_pairs, read_image, read_mask, read_sample
+from settings import parse_settings
 
 
 def photo_and_mask(height: int = 40, width: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -352,7 +353,7 @@ def test_a_pickled_dataset_does_not_carry_the_samples(drawn, tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_validation_raises_no_warnings(drawn, tmp_path):
-    settings = utils.parse_settings(vars(train), [])
+    settings = parse_settings(vars(train), [])
     dataset = make_dataset(drawn, transform=train.make_transforms(settings)[1])
     for cache in (None, tmp_path):
         dataset.prepare(cache)
@@ -360,9 +361,9 @@ def test_validation_raises_no_warnings(drawn, tmp_path):
 
 
 def batches(drawn: Path, num_workers: int, epoch: int = 0, seed: int = 0) -> list[torch.Tensor]:
-    settings = utils.parse_settings(vars(train), [])
-    folders = [drawn / name for name in ("train_images", "train_masks", "val_images", "val_masks")]
-    loader, _ = utils.get_loaders(*folders, (32, 48), 5, *train.make_transforms(settings), num_workers, seed=seed)
+    settings = parse_settings(vars(train), [])
+    train_set = make_dataset(drawn, transform=train.make_transforms(settings)[0], seed=seed)
+    loader, _ = utils.get_loaders(train_set, train_set, 5, num_workers, seed=seed)
     loader.batch_sampler.epoch = epoch
     return [tensor for batch in loader for tensor in batch]
 
@@ -397,7 +398,7 @@ def test_steps_of_the_augmentation_are_independent(drawn):
     image, mask = dataset.sample(0)
     found = []
     for epoch in range(200):
-        changed, changed_mask = dataset[epoch, 0]
+        changed, changed_mask = dataset[epoch, 0, 0]
         flipped = not np.array_equal(changed_mask, mask)
         inverted = abs(changed.float().mean() - image.mean()) > 0.1
         found.append((flipped, bool(inverted)))
@@ -406,11 +407,31 @@ def test_steps_of_the_augmentation_are_independent(drawn):
 
 
 def test_no_image_is_left_out(drawn):
-    sampler = utils.Batches(33, 4, seed=3)
+    sampler = utils.Batches(33, 4)
+    batches = list(sampler)
+    assert [len(batch) for batch in batches] == 8 * [4] + [1]
+    assert [sample for batch in batches for sample in batch] == [(0, index, index) for index in range(33)]
+
+
+@pytest.mark.parametrize(("length", "size", "start"), [(33, 4, 0), (33, 4, 12), (33, 33, 0), (20, 128, 0), (5, 3, 4)])
+def test_shuffled_batches_are_full_and_begin_again(length, size, start):
+    sampler = utils.Batches(length, size, seed=3)
     for sampler.epoch in range(3):
+        sampler.start = 0
+        order = [index for batch in sampler.batches() for index in batch][:length]
+        assert sorted(order) == list(range(length))
+        sampler.start = start
         batches = list(sampler)
-        assert [len(batch) for batch in batches] == 8 * [4] + [1]
-        assert sorted(item for batch in batches for item in batch) == [(sampler.epoch, index) for index in range(33)]
+        assert len(batches) == len(sampler) == -(-(length - start) // size)
+        assert all(len(batch) == size for batch in batches)
+        for place, (epoch, position, index) in enumerate(sample for batch in batches for sample in batch):
+            assert (epoch, position, index) == (sampler.epoch, start + place, order[(start + place) % length])
+
+
+def test_a_photo_that_comes_twice_is_augmented_twice(drawn):
+    dataset = make_dataset(drawn, transform=A.Compose([A.RandomBrightnessContrast(p=1), ToTensorV2()]))
+    some, again, other = (dataset[key][0] for key in ((2, 5, 7), (2, 5, 7), (2, 69, 7)))
+    assert torch.equal(some, again) and not torch.equal(some, other)
 
 
 def test_missing_folder_is_named(tmp_path):

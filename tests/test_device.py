@@ -6,11 +6,17 @@ import torch.nn.functional as F
 from conftest import SMALL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import device
 import distributed
 import train
 import utils
+from settings import parse_settings
 
 CUDA = torch.device("cuda", 0)
+CPU_FP32, CUDA_BF16 = (
+    device.Device(torch.device("cpu"), torch.float32),
+    device.Device(CUDA, torch.bfloat16),
+)
 
 
 @pytest.fixture
@@ -18,7 +24,7 @@ def gpus(monkeypatch):
     """gpus(2, (9, 0)): PyTorch sees so many GPUs of that compute capability. Returns a list of those made current."""
 
     def simulate(count: int = 1, capability: tuple[int, int] = (8, 0)) -> list[int]:
-        current, choose_device, fake = [], utils.choose_device, FakeTensorMode()  # made while CUDA is not there
+        current, choose_device, ones = [], device.choose_device, torch.ones
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: (current or [0])[-1])
@@ -26,11 +32,13 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0))
         monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
 
-        def choose(name: str) -> torch.device:
-            with fake:
-                return choose_device(name)
+        def choose(name: str, precision: str = "auto") -> device.Device:
+            with monkeypatch.context() as patched:
+                patched.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+                return choose_device(name, precision)
 
-        monkeypatch.setattr(utils, "choose_device", choose)
+        for module in (device, train):
+            monkeypatch.setattr(module, "choose_device", choose)
         return current
 
     return simulate
@@ -46,9 +54,9 @@ def torchrun(monkeypatch, processes: int, local_rank: int) -> None:
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
 def test_a_gpu_is_chosen_by_its_index(gpus, name, index):
     current = gpus(2)
-    device = utils.choose_device(name)
-    assert device == torch.device("cuda", index)
-    torch.cuda.set_device(device)  # refuses a device without an index
+    chosen = device.choose_device(name)
+    assert chosen.device == torch.device("cuda", index)
+    torch.cuda.set_device(chosen.device)  # refuses a device without an index
     assert current == [index]
 
 
@@ -59,8 +67,8 @@ def test_training_starts_on_the_gpu(gpus, name, project, run_train, monkeypatch)
     class Reached(Exception):
         pass
 
-    def new_state(s, device, precision, *_):
-        assert device == CUDA and precision == torch.bfloat16
+    def new_state(_, chosen, *__):
+        assert chosen == CUDA_BF16
         raise Reached
 
     monkeypatch.setattr(train, "new_state", new_state)
@@ -74,15 +82,16 @@ def test_training_starts_on_the_gpu(gpus, name, project, run_train, monkeypatch)
 )
 def test_a_gpu_computes_in_the_type_that_it_is_made_for(gpus, capability, precision):
     gpus(1, capability)
-    assert utils.choose_precision("auto", CUDA) == precision
-    assert utils.choose_precision("fp32", CUDA) == torch.float32
+    assert device.choose_device("auto").precision == precision
+    assert device.choose_device("auto", "fp32").precision == torch.float32
 
 
-def test_fp32_is_not_tf32(monkeypatch):
+def test_fp32_is_not_tf32(gpus, monkeypatch):
+    gpus()
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     for precision, is_allowed in ((torch.float32, False), (torch.bfloat16, True)):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not is_allowed)
-        utils.tune(CUDA, precision)
+        device.tune(device.Device(CUDA, precision))
         assert torch.backends.cudnn.allow_tf32 == is_allowed
 
 
@@ -93,10 +102,10 @@ def test_a_gpu_without_kernels_leaves_the_work_to_the_cpu_and_says_why(gpus, mon
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
 
     monkeypatch.setattr(F, "conv2d", conv2d)
-    assert utils.choose_device("auto") == torch.device("cpu")
+    assert device.choose_device("auto").device == torch.device("cpu")
     assert "cuda:0 cannot be used (CUDA error: no kernel image is available" in capsys.readouterr().out
     with pytest.raises(utils.UserError, match=r"DEVICE cuda cannot be used here \(CUDA error: no kernel image"):
-        utils.choose_device("cuda")
+        device.choose_device("cuda")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:5", "tpu", "meta", "xpu", ""])
@@ -104,25 +113,25 @@ def test_a_device_that_is_not_there_is_named(name):
     if torch.cuda.is_available() and name == "cuda":
         pytest.skip("it is there")
     with pytest.raises(utils.UserError, match=f"DEVICE {name} cannot be used here"):
-        utils.choose_device(name)
+        device.choose_device(name)
 
 
 def test_each_process_of_a_machine_gets_a_gpu_of_its_own(gpus, monkeypatch):
     gpus(2)
     torchrun(monkeypatch, 2, local_rank=1)
     for name in ("auto", "cuda"):
-        assert utils.choose_device(name) == torch.device("cuda", 1)
-    assert utils.choose_device("cpu") == torch.device("cpu")
+        assert device.choose_device(name).device == torch.device("cuda", 1)
+    assert device.choose_device("cpu").device == torch.device("cpu")
     for name in ("cuda:0", "mps"):  # one for all of them
         with pytest.raises(utils.UserError, match=f"DEVICE {name} .*for each"):
-            utils.choose_device(name)
+            device.choose_device(name)
 
 
 def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     gpus(2)
     torchrun(monkeypatch, 3, local_rank=2)
     with pytest.raises(utils.UserError, match=r"there are 2 GPUs here: set --nproc_per_node to that"):
-        utils.choose_device("auto")
+        device.choose_device("auto")
 
 
 def test_processes_on_gpus_need_nccl(gpus, monkeypatch):
@@ -130,27 +139,26 @@ def test_processes_on_gpus_need_nccl(gpus, monkeypatch):
     torchrun(monkeypatch, 2, local_rank=0)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(utils.UserError, match="NCCL"):
-        utils.choose_device("auto")
+        device.choose_device("auto")
 
 
 def test_workers_share_a_machines_cores(monkeypatch):
-    monkeypatch.setattr(utils.os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    assert utils.choose_num_workers(-1, CUDA) == 8
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    assert device.choose_num_workers(-1, CUDA_BF16) == 8
     torchrun(monkeypatch, 4, local_rank=0)
-    assert utils.choose_num_workers(-1, CUDA) == 3
+    assert device.choose_num_workers(-1, CUDA_BF16) == 3
     torchrun(monkeypatch, 16, local_rank=0)
-    assert utils.choose_num_workers(-1, CUDA) == 1
-    assert utils.choose_num_workers(-1, torch.device("cpu")) == 0
-    assert utils.choose_num_workers(5, CUDA) == 5
+    assert device.choose_num_workers(-1, CUDA_BF16) == 1
+    assert device.choose_num_workers(-1, CPU_FP32) == 0
+    assert device.choose_num_workers(5, CUDA_BF16) == 5
 
 
 def test_only_long_runs_on_cuda_are_compiled(monkeypatch):
-    cpu = torch.device("cpu")
-    assert [utils.should_compile("auto", CUDA, steps) for steps in (96, 4999, 5000)] == [False, False, True]
-    assert not utils.should_compile("auto", cpu, 10**6) and utils.should_compile("yes", cpu, 1)
-    assert not utils.should_compile("no", CUDA, 10**6)
+    assert [device.should_compile("auto", CUDA_BF16, steps) for steps in (96, 4999, 5000)] == [False, False, True]
+    assert not device.should_compile("auto", CPU_FP32, 10**6) and device.should_compile("yes", CPU_FP32, 1)
+    assert not device.should_compile("no", CUDA_BF16, 10**6)
     torchrun(monkeypatch, 2, local_rank=0)
-    assert not utils.should_compile("auto", CUDA, 10**6)
+    assert not device.should_compile("auto", CUDA_BF16, 10**6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,12 +168,12 @@ def test_only_long_runs_on_cuda_are_compiled(monkeypatch):
 @pytest.fixture
 def on_cuda(gpus, monkeypatch):
     """A network with its optimizer on a simulated GPU, settings, a batch, and the devices that were waited for."""
-    s = utils.parse_settings(vars(train), [*SMALL, "--clip-norm", "1", "--accumulation", "2", "--compile", "no"])
+    s = parse_settings(vars(train), [*SMALL, "--clip-norm", "1", "--accumulation", "2", "--compile", "no"])
     items = []
     with FakeTensorMode():
         with monkeypatch.context() as patched, CUDA:  # building only: what follows has to name its device
             patched.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
-            state = train.new_state(s, CUDA, torch.bfloat16, 0.2, 64)
+            state = train.new_state(s, CUDA_BF16, 0.2, 64)
         images = torch.randn(4, 3, 32, 48, device=CUDA).contiguous(memory_format=torch.channels_last)
         masks = (torch.rand(4, 1, 32, 48, device=CUDA) < 0.2).float()
 
@@ -184,7 +192,7 @@ def on_cuda(gpus, monkeypatch):
 def test_a_step_stays_on_the_gpu_and_never_waits_for_it(on_cuda):
     state, s, images, masks, items = on_cuda
     for _ in range(2):
-        loss = train.train_step(state, images, masks, 0.01, torch.bfloat16, s, 4)
+        loss = train.train_step(state, images, masks, CUDA_BF16, s)
         assert loss.device == CUDA and loss.ndim == 0
     assert CUDA not in items
     for weight in state.model.parameters():
@@ -206,8 +214,10 @@ def test_validation_counts_on_the_gpu(on_cuda):
     waits = []
     for batches in (1, 5):
         items.clear()
-        utils.check_accuracy(Loader(batches), state.model, CUDA, torch.bfloat16, lambda *batch: shown.extend(batch))
+        utils.check_accuracy(
+            Loader(batches), state.model, CUDA_BF16, train.image_losses, lambda *batch: shown.extend(batch)
+        )
         waits.append(items.count(CUDA))
-    assert waits == [2, 2]  # for the progress of the first of ten batches, and for the mean loss at the end
+    assert waits == [1, 1]  # for the progress of the first of ten batches
     assert all(tensor.device == CUDA and tensor.dtype == torch.float32 for tensor in shown)
     assert [tensor.shape for tensor in shown] == [(4, 1, 32, 48)] * 12

@@ -53,12 +53,12 @@ def test_only_lost_processes_are_called_lost(group, error, is_lost):
 
 def test_an_error_in_a_group_ends_the_process_at_once():
     code = (
-        "import atexit, os, time, torch.distributed as dist, utils\n"
+        "import atexit, os, time, torch.distributed as dist, distributed, utils\n"
         "def main():\n"
         "    dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', world_size=1, rank=0)\n"
         "    atexit.register(time.sleep, 60)  # as NCCL may wait for the others\n"
         "    raise utils.UserError('no photos: add some')\n"
-        "utils.run(main)"
+        "distributed.run(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1 and done.stderr.endswith("error: no photos: add some\n"), done.stderr

@@ -18,9 +18,12 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import dataset
+import distributed
 import predict
+import submission
 import utils
 from dataset import read_mask
+from device import Device
 from model import UNet
 
 PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -44,7 +47,7 @@ def photos(project) -> list[Path]:
 
 
 def save_network(model: UNet) -> None:
-    state = {"model": {"in_channels": 3, "out_channels": 1, "features": list(model.features)}}
+    state = {"model": model.config}
     state |= {"state_dict": model.state_dict(), "preprocessing": PREPROCESSING}
     utils.save_checkpoint(state, Path("my_checkpoint_best.pth.tar"))
 
@@ -63,7 +66,7 @@ def run(*args: object) -> None:
 
 def error_of(*args: object) -> str:
     with pytest.raises(SystemExit) as exit_:
-        utils.run(lambda: run(*args))
+        distributed.run(lambda: run(*args))
     message = exit_.value.code  # a text: Python prints it and exits with status 1
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     return message
@@ -143,7 +146,7 @@ def test_enlarging_finds_the_edges_of_the_photo():
     photo = np.repeat(photo.astype(np.uint8)[..., None], 3, 2)
     small = np.asarray(Image.fromarray(photo).resize((60, 40), Image.Resampling.BOX))
     mask = small[..., 0] < 120
-    found = utils.enlarge(np.where(mask, 8, -8).astype(np.float32), small, photo) > 0.5
+    found = dataset.enlarge(np.where(mask, 8, -8).astype(np.float32), small, photo) > 0.5
     nearest = np.kron(mask, np.ones((8, 8), bool))
     assert (found != truth).sum() < 0.3 * (nearest != truth).sum()
 
@@ -164,7 +167,7 @@ def test_folding_batchnorm_into_convolutions_changes_nothing(photos):
             value.uniform_(0.5, 2)
     network = UNet(**checkpoint["model"]).eval()
     network.load_state_dict(checkpoint["state_dict"])
-    model = predict.Predictor(checkpoint, torch.device("cpu"), torch.float32)
+    model = predict.Predictor(checkpoint, Device(torch.device("cpu"), torch.float32))
     image = dataset.read_image(photos[0], (32, 48))
     mean, std = (np.array(PREPROCESSING[name], np.float32) for name in ("mean", "std"))
     with torch.inference_mode():
@@ -235,6 +238,16 @@ def test_a_background_may_be_a_picture_of_any_shape(photos):
     assert pixels(f"{photos[0].stem}_background.png").shape == (64, 96, 3)
 
 
+def test_a_new_output_is_one_entry(photos, monkeypatch):
+    grey = lambda prediction: Image.fromarray(prediction.photo).convert("L")  # noqa: E731
+    monkeypatch.setitem(predict.OUTPUTS, "grey", (grey, "the photo in grey"))
+    run(photos[0], "--grey")
+    assert names() == {f"{photos[0].stem}_mask.png", f"{photos[0].stem}_grey.png"}
+    assert pixels(f"{photos[0].stem}_grey.png").ndim == 2
+    run("predictions/..", "--output-dir", "again")  # neither is taken for a photo
+    assert not [name for name in names("again") if "grey" in name]
+
+
 def test_an_overlay_shows_the_photo_and_the_outline(photos):
     Image.open(photos[0]).save("photo.png")
     run("photo.png", "--overlay")
@@ -286,11 +299,11 @@ def square(*box: int) -> np.ndarray:
 
 def test_boundary_f1_by_hand():
     nothing, some = square(0, 0, 0, 0), square(100, 100, 200, 200)
-    assert utils.boundary_f1(some, some) == utils.boundary_f1(nothing, nothing) == 1
-    assert utils.boundary_f1(some, nothing) == utils.boundary_f1(nothing, some) == 0
-    assert utils.boundary_f1(square(103, 100, 203, 200), some) == 1  # 3 pixels off: 0.75 % of the diagonal is 3.75
-    assert utils.boundary_f1(square(0, 300, 50, 399), some) == 0
-    assert 0.4 < utils.boundary_f1(square(100, 100, 200, 210), some) < 1
+    assert predict.boundary_f1(some, some) == predict.boundary_f1(nothing, nothing) == 1
+    assert predict.boundary_f1(some, nothing) == predict.boundary_f1(nothing, some) == 0
+    assert predict.boundary_f1(square(103, 100, 203, 200), some) == 1  # 3 pixels off: 0.75 % of the diagonal is 3.75
+    assert predict.boundary_f1(square(0, 300, 50, 399), some) == 0
+    assert 0.4 < predict.boundary_f1(square(100, 100, 200, 210), some) < 1
 
 
 def test_a_mask_without_photo_and_a_photo_without_mask_are_named(photos, capsys):
@@ -309,8 +322,8 @@ def test_a_mask_without_photo_and_a_photo_without_mask_are_named(photos, capsys)
 @settings(deadline=None)
 @given(arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 1)))
 def test_run_lengths_decode_to_what_was_encoded(mask):
-    np.testing.assert_array_equal(predict.rle_decode(predict.rle_encode(mask), mask.shape), mask)
-    np.testing.assert_array_equal(predict.rle_decode(predict.rle_encode(mask * 255), mask.shape), mask)
+    np.testing.assert_array_equal(submission.rle_decode(submission.rle_encode(mask), mask.shape), mask)
+    np.testing.assert_array_equal(submission.rle_decode(submission.rle_encode(mask * 255), mask.shape), mask)
 
 
 @pytest.mark.parametrize(
@@ -325,8 +338,8 @@ def test_run_lengths_decode_to_what_was_encoded(mask):
     ],
 )
 def test_run_lengths_by_hand(mask, runs):
-    assert predict.rle_encode(np.array(mask)) == runs
-    np.testing.assert_array_equal(predict.rle_decode(runs, np.shape(mask)), mask)
+    assert submission.rle_encode(np.array(mask)) == runs
+    np.testing.assert_array_equal(submission.rle_decode(runs, np.shape(mask)), mask)
 
 
 def rows_of(path: str) -> dict[str, str]:
@@ -346,7 +359,7 @@ def test_a_submission_holds_the_masks_and_nothing_else_is_written(photos, name):
     assert list(rows) == [photo.name for photo in photos]
     run(photos[5])
     np.testing.assert_array_equal(
-        predict.rle_decode(rows[photos[5].name], (64, 96)) * 255, pixels(f"{photos[5].stem}_mask.png")
+        submission.rle_decode(rows[photos[5].name], (64, 96)) * 255, pixels(f"{photos[5].stem}_mask.png")
     )
 
 

@@ -1,105 +1,149 @@
-"""What train.py says about the data before it trains."""
+"""What a run leaves in saved_images/, apart from what a browser makes of the page."""
 
-import shutil
+import base64
+import builtins
+import io
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import rows
 from PIL import Image
 
+import report
+import train
 import utils
-from dataset import CarvanaDataset, read_mask
 
 
-def report(cache: Path | None = None) -> list[str]:
-    sets = [CarvanaDataset(Path(f"data/{n}_images"), Path(f"data/{n}_masks"), (32, 48)) for n in ("train", "val")]
-    for data in sets:
-        data.prepare(cache)
-    return utils.describe(*sets).splitlines()
+def picture(path: str) -> np.ndarray:
+    return np.asarray(Image.open(f"saved_images/{path}").convert("RGB"))
 
 
-def change_masks(folder: str, change) -> None:
-    for path in Path("data", folder).glob("*_mask.gif"):
-        Image.fromarray(change(read_mask(path)) > 0).save(path)
+def page() -> str:
+    return Path("saved_images/index.html").read_text(encoding="utf-8")
 
 
-def dot(mask: np.ndarray) -> np.ndarray:
-    """A mask of 2 x 2 pixels, which are one at the size of the samples."""
-    mask = np.zeros_like(mask)
-    mask[30:32, 40:42] = 1
-    return mask
+def test_errors_have_colours_and_the_truth_an_outline():
+    mask = np.zeros((6, 8), bool)
+    mask[2:4, 2:5] = True
+    prediction = np.roll(mask, 2, axis=1)
+    layer = report.errors(mask, prediction)
+    assert tuple(layer[2, 4, :3]) == report.TRUE_POSITIVE
+    assert tuple(layer[2, 2, :3]) == report.FALSE_NEGATIVE
+    assert tuple(layer[2, 6, :3]) == report.FALSE_POSITIVE
+    assert tuple(layer[1, 2]) == tuple(layer[2, 5]) == (255, 255, 255, 255)
+    assert not layer[0].any() and not layer[:, 0].any()
 
 
-def warnings() -> list[str]:
-    return [line for line in report() if line.startswith("WARNING")]
+def test_a_layer_covers_a_photo_as_far_as_it_is_opaque():
+    image = np.full((1, 3, 3), 100, np.uint8)
+    layer = np.array([[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 100, 51]]], np.uint8)
+    assert report.laid_over(image, layer).tolist() == [[[100, 100, 100], [200, 0, 0], [120, 80, 100]]]
 
 
-def test_it_counts_what_is_there(project):
-    Image.new("1", (96, 64)).save(sorted(Path("data/val_masks").glob("*.gif"))[0])
-    header, train_line, val_line, *rest = report()
-    assert header.split()[0] == "set" and not rest
-    assert train_line.split()[:5] == ["train", "64", "96", "x", "64"] and train_line.split()[-1] == "0"
-    assert val_line.split()[:2] == ["val", "32"] and val_line.split()[-1] == "1"
-    assert " 0.0 %," in val_line
+def test_there_is_an_overlay_of_every_batch(project, run_train):
+    run_train("--num-epochs", "1", "--batch-size", "14")  # 32 photos: 14, 14 and 4
+    assert sorted(path.name for path in Path("saved_images").glob("overlay_*")) == [
+        f"overlay_{n}.png" for n in range(3)
+    ]
+    for number in range(3):
+        assert picture(f"overlay_{number}.png").shape == picture(f"{number}.png").shape
+    tile, truth = picture("overlay_0.png")[2:34, 2:50], picture("0.png")[2:34, 2:50, 0] > 0
+    assert (tile[report.outline(truth)][:10] == 255).all()
+    run_train("--num-epochs", "1", "--batch-size", "32")
+    assert [path.name for path in Path("saved_images").glob("overlay_*")] == ["overlay_0.png"]
 
 
-def test_it_says_the_same_from_the_cache(project):
-    assert report(Path("cache")) == report(Path("cache")) == report()
+def test_curves_and_page_go_on_with_the_run(project, run_train):
+    run_train("--num-epochs", "1")
+    assert picture("curves.png").shape == (600, 800, 3)
+    first = picture("curves.png")
+    assert "<polyline" not in page()
+    run_train("--num-epochs", "2", "--load-model")
+    assert (picture("curves.png") != first).any()
+    text = page()
+    assert text.count("<figure") == text.count("<polyline") == 32
+    assert f"Dice {float(rows()[1]['dice']):.4f} after epoch 2 of 2" in text
 
 
-def test_photos_of_several_sizes_are_named_by_the_extremes(project):
-    for kind in ("images", "masks"):
-        path = sorted(Path("data", f"train_{kind}").glob("*.*"))[1]
-        Image.open(path).resize((120, 80)).save(path)
-    assert "96 x 64 to 120 x 80" in report()[1]
+def test_the_page_shows_each_photos_dice_worst_first(project, run_train):
+    run_train("--num-epochs", "3")
+    shown = [float(dice) for dice in re.findall('data-dice="(.*?)"', page())]
+    assert shown == sorted(shown) and shown[0] < shown[-1]
+    assert np.mean(shown) == pytest.approx(float(rows()[2]["dice"]), abs=1e-9)
 
 
-def test_good_data_raises_no_warning(project):
-    assert not warnings()
+def test_of_many_photos_the_page_shows_some(project, run_train):
+    run_train("--num-epochs", "1", "--page-photos", "5")
+    names = sorted(re.findall('data-name="(.*?)"', page()))
+    all_names = sorted(path.name for path in Path("data/val_images").iterdir())
+    assert names == [all_names[index] for index in (0, 8, 16, 23, 31)]
+    assert "5 of 32 validation photos" in page()
 
 
-def test_a_car_in_both_sets_is_noticed(project):
-    for kind in ("images", "masks"):
-        path = sorted(Path("data", f"train_{kind}").glob("*.*"))[1]
-        path.rename(Path("data", f"val_{kind}", path.name))
-    assert len(warnings()) == 1 and path.name[:12] in warnings()[0]
+def test_large_photos_are_made_smaller_for_the_page():
+    image, mask = np.full((700, 960, 3), 90, np.uint8), np.zeros((700, 960), bool)
+    uris = report.page_pictures(image, mask, mask, report.errors(mask, mask), mask.astype(np.uint8))
+    for uri in uris.values():
+        assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == (480, 350)
 
 
-def test_photos_that_are_numbered_alike_are_no_cars(project):
-    for name in ("train", "val"):
-        for kind in ("images", "masks"):
-            for number, path in enumerate(sorted(Path("data", f"{name}_{kind}").glob("*.*"))):
-                path.rename(path.with_name(f"photo_{number}{'_mask' * (kind == 'masks')}{path.suffix}"))
-    assert not warnings()
+def test_a_page_that_cannot_be_written_ends_the_run_with_a_sentence(project, run_train):
+    Path("saved_images/index.html").mkdir(parents=True)
+    with pytest.raises(utils.UserError, match=r"index.html could not be written"):
+        run_train("--num-epochs", "2")
 
 
-def test_a_copy_under_another_name_is_noticed(project):
-    image = sorted(Path("data/train_images").glob("*.jpg"))[0]
-    shutil.copy(image, "data/val_images/other.jpg")
-    shutil.copy(Path("data/train_masks", f"{image.stem}_mask.gif"), "data/val_masks/other_mask.gif")
-    assert len(warnings()) == 1 and "other.jpg" in warnings()[0]
+def test_a_log_has_a_line_a_minute_instead_of_a_bar(project, run_train, monkeypatch, capsys):
+    now = iter(range(0, 100_000, 25))
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
+    run_train("--num-epochs", "1")
+    out, err = capsys.readouterr()
+    assert re.search(r"^epoch 1/1: \d+ of 64 images, loss 0\.\d{4}$", out, re.MULTILINE)
+    assert "\r" not in out + err
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda mask: 1 - mask, "inverted"),
-        (lambda mask: dot(mask), "0.1 %"),
-        (lambda mask: 1 - dot(mask), "99 %"),
-    ],
-)
-def test_strange_masks_are_noticed(change, words, project):
-    change_masks("train_masks", change)
-    found = warnings()
-    assert len(found) == 1 and words in found[0] and "data/train_masks" in found[0]
+def test_tensorboard_gets_scores_overlays_and_settings(project, run_train):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_train("--num-epochs", "2", "--tensorboard-dir", "runs")
+    events = EventAccumulator("runs")
+    events.Reload()
+    assert [event.step for event in events.Scalars("dice")] == [1, 2]
+    assert events.Scalars("dice")[1].value == pytest.approx(float(rows()[1]["dice"]))
+    assert [event.step for event in events.Images("overlay_0")] == [1, 2]
+    assert "LEARNING_RATE = 0.05".lower() in str(events.Tensors("settings/text_summary")[0]).lower()
 
 
-def test_the_first_batch_is_drawn_with_its_masks_outlined(project, run_train):
-    run_train("--num-epochs", "1", "--batch-size", "8")
-    picture = np.asarray(Image.open("saved_images/train_batch.png")).astype(int)
-    assert picture.shape == (2 * 34 + 2, 4 * 50 + 2, 3)
-    yellow = (picture[..., 0] > 250) & (abs(picture[..., 1] - 230) < 3) & (picture[..., 2] < 5)
-    for row in range(2):
-        for column in range(4):
-            tile = yellow[2 + 34 * row : 34 + 34 * row, 2 + 50 * column : 50 + 50 * column]
-            assert 15 < tile.sum() < 300
+def test_a_missing_tensorboard_is_named_with_its_install_line(project, run_train, monkeypatch):
+    imported = builtins.__import__
+
+    def refuse(name, *args):
+        if name == "torch.utils.tensorboard":
+            raise ImportError(name)
+        return imported(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(utils.UserError, match="pip install tensorboard"):
+        run_train("--num-epochs", "1", "--tensorboard-dir", "runs")
+
+
+def test_drawing_changes_no_weight(project, run_train, monkeypatch):
+    run_train("--num-epochs", "2")
+    drawn = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
+    monkeypatch.setattr(report.Report, "add", lambda *_: None)
+    monkeypatch.setattr(report.Report, "finish", lambda *_: None)
+    run_train("--num-epochs", "2")
+    again = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["state_dict"]
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+
+
+def test_a_tensorboard_folder_that_cannot_be_written_is_named(project, run_train):
+    Path("runs").touch()
+    with pytest.raises(utils.UserError, match="TENSORBOARD_DIR: runs cannot be written"):
+        run_train("--num-epochs", "1", "--tensorboard-dir", "runs")

@@ -5,8 +5,8 @@ So the number of processes changes next to nothing. Muon makes steps of the roun
 
 from torch import nn, optim
 
+import distributed
 import train
-import utils
 
 
 class GroupNorm(nn.GroupNorm):
@@ -16,5 +16,5 @@ class GroupNorm(nn.GroupNorm):
 
 if __name__ == "__main__":
     nn.BatchNorm2d = GroupNorm
-    train.Muon = lambda model, lr, _: optim.SGD(model.parameters(), lr)
-    utils.run(train.main)
+    train.Muon = lambda groups: optim.SGD(groups)
+    distributed.run(train.main)

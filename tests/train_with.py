@@ -3,9 +3,9 @@
 import multiprocessing
 import sys
 
+import distributed
 import train
-import utils
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
-    utils.run(lambda: train.main(sys.argv[2:]))
+    distributed.run(lambda: train.main(sys.argv[2:]))

@@ -6,18 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, same, weights
+from conftest import SMALL, rows, same, weights
 
+import optimizer
 import train
 import utils
+from device import Device
 from model import DoubleConv
+from settings import parse_settings
 
-CPU = torch.device("cpu")
+CPU = Device(torch.device("cpu"), torch.float32)
 
 
-def state_and_settings(*flags: str) -> tuple[train.State, object]:
-    s = utils.parse_settings(vars(train), [*SMALL, *flags])
-    return train.new_state(s, CPU, torch.float32, foreground=0.2, images=64), s
+def state_and_settings(*flags: str, rate: float = 1e-3) -> tuple[train.State, object]:
+    s = parse_settings(vars(train), [*SMALL, *flags])
+    state = train.new_state(s, CPU, foreground=0.2, photos=64)
+    for group in state.optimizer.param_groups:
+        group["lr"] *= rate / s.learning_rate
+    return state, s
 
 
 def batch(size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,14 +34,14 @@ def batch(size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_accumulation_learns_the_same_from_less_at_a_time():
     found = []
-    for parts in ("1", "3"):  # 4 images in 3 parts: 2 and 2, as torch.chunk has it
+    for parts in ("1", "2"):
         state, s = state_and_settings("--accumulation", parts)
         state.model.eval()  # BatchNorm would see smaller batches
         sizes = []
         state.model.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
         for _ in range(2):
-            loss = train.train_step(state, *batch(), 1e-3, torch.float32, s, 4)
-        assert sizes == {"1": [4, 4], "3": [2, 2, 2, 2]}[parts]
+            loss = train.train_step(state, *batch(), CPU, s)
+        assert sizes == {"1": [4, 4], "2": [2, 2, 2, 2]}[parts]
         found.append((loss, state.model.state_dict()))
     assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-5)
     for name, weight in found[0][1].items():
@@ -49,7 +55,7 @@ def test_activation_checkpointing_computes_twice_and_gives_the_same_weights(monk
         state, s = state_and_settings(flag)
         calls.clear()
         for _ in range(2):
-            train.train_step(state, *batch(), 1e-3, torch.float32, s, 4)
+            train.train_step(state, *batch(), CPU, s)
         assert len(calls) == number
         found.append(dict(state.model.named_parameters()))
     assert same(*found)
@@ -58,7 +64,7 @@ def test_activation_checkpointing_computes_twice_and_gives_the_same_weights(monk
 def test_gradients_are_cut_to_the_norm():
     for flags, is_cut in (((), False), (("--clip-norm", "1e-3"), True)):
         state, s = state_and_settings(*flags)
-        train.train_step(state, *batch(), 1e-3, torch.float32, s, 4)
+        train.train_step(state, *batch(), CPU, s)
         norm = torch.stack([weight.grad.norm() for weight in state.model.parameters()]).norm()
         assert (norm <= 1.001e-3) == is_cut
 
@@ -66,8 +72,8 @@ def test_gradients_are_cut_to_the_norm():
 def test_only_kernels_decay():
     found = []
     for decay in ("0", "0.3"):
-        state, s = state_and_settings("--weight-decay", decay)
-        train.train_step(state, *batch(), 0.1, torch.float32, s, 4)
+        state, s = state_and_settings("--weight-decay", decay, rate=0.1)
+        train.train_step(state, *batch(), CPU, s)
         found.append(dict(state.model.named_parameters()))
     start = dict(state_and_settings()[0].model.named_parameters())
     for name, weight in start.items():
@@ -80,7 +86,7 @@ def test_only_kernels_decay():
 def test_muon_takes_any_number_of_channels(features):
     state, s = state_and_settings("--features", *map(str, features))
     before = state.model.state_dict()["downs.0.layers.0.weight"].clone()
-    assert train.train_step(state, *batch(), 1e-2, torch.float32, s, 4).isfinite()
+    assert train.train_step(state, *batch(), CPU, s).isfinite()
     assert not torch.equal(before, state.model.state_dict()["downs.0.layers.0.weight"])
 
 
@@ -90,8 +96,8 @@ def test_compiling_changes_no_weight(monkeypatch):
     for flag in ("no", "yes"):
         state, s = state_and_settings("--compile", flag)
         assert (state.forward is state.model) == (flag == "no")
-        for size in (4, 2):  # the last batch is smaller
-            train.train_step(state, *batch(size), 1e-3, torch.float32, s, size)
+        for _ in range(2):
+            train.train_step(state, *batch(), CPU, s)
         found.append(state.model.state_dict())
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], rtol=1e-3, atol=1e-4)
@@ -104,10 +110,10 @@ def test_where_compiling_fails_it_says_why_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
     state, s = state_and_settings("--compile", "yes")
     assert state.forward is state.model
-    assert re.search("torch.compile failed .*no compiler here.*going on without it", capsys.readouterr().out)
+    assert re.search("torch.compile failed .*no compiler here.*training continues without it", capsys.readouterr().out)
     untouched, _ = state_and_settings()
     assert same(state.model.state_dict(), untouched.model.state_dict())
-    assert train.train_step(state, *batch(), 1e-3, torch.float32, s, 4).isfinite()
+    assert train.train_step(state, *batch(), CPU, s).isfinite()
 
 
 def test_fp16_counts_the_steps_that_it_skips(project, run_train, monkeypatch, capsys):
@@ -117,6 +123,48 @@ def test_fp16_counts_the_steps_that_it_skips(project, run_train, monkeypatch, ca
     skipped = int(re.search(r"(\d+) of 16 steps were skipped", capsys.readouterr().out)[1])
     assert 1 <= skipped < 16
     assert all(value.isfinite().all() for value in weights().values())
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", "128"], ["--batch-size", "24"]])
+def test_batches_are_always_full(project, run_train, monkeypatch, flags):
+    """64 photos are one batch of 128, in which each comes twice, or three of 24, of which the last begins again."""
+    sizes, train_step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: sizes.append(len(args[1])) or train_step(*args))
+    run_train("--num-epochs", "1", *flags)
+    assert sizes == {"128": [128], "24": [24, 24, 24]}[flags[1]]
+    checkpoint = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))
+    assert checkpoint["images"] == checkpoint["computed"] == 0 and float(rows()[0]["train_loss"]) < 1
+
+
+def test_training_and_validation_have_one_loss(project, run_train, monkeypatch):
+    monkeypatch.setattr(train, "image_losses", lambda logits, masks: 0 * logits.flatten(1).mean(1) + 7)
+    run_train("--num-epochs", "1", "--batch-size", "24")
+    assert float(rows()[0]["train_loss"]) == float(rows()[0]["val_loss"]) == 7
+
+
+def test_another_optimizer_is_one_line(project, run_train, monkeypatch):
+    monkeypatch.setattr(train, "Muon", functools.partial(torch.optim.SGD, momentum=0.9))
+    for flags in (["--num-epochs", "1"], ["--num-epochs", "2", "--load-model"]):
+        run_train("--precision", "fp16", *flags)
+    assert [row["epoch"] for row in rows()] == ["1", "2"]
+
+
+def test_muon_takes_any_number_of_groups():
+    """An encoder's group has another rate and rule: its update is what a lone optimizer of that group makes."""
+    generator = torch.Generator().manual_seed(0)
+    kernels = [torch.nn.Parameter(torch.randn(8, 4, 3, 3, generator=generator)) for _ in range(3)]
+    groups = [
+        {"params": kernels[:1], "update": "muon", "lr": 0.1},
+        {"params": kernels[1:2], "update": "muon", "lr": 0.01, "weight_decay": 0.5},
+        {"params": kernels[2:], "update": "adam", "lr": 0.001},
+    ]
+    twins = [torch.nn.Parameter(kernel.detach().clone()) for kernel in kernels]
+    for kernel, twin in zip(kernels, twins, strict=True):
+        kernel.grad, twin.grad = torch.ones_like(kernel), torch.ones_like(kernel)
+    for group, twin in zip(groups, twins, strict=True):
+        optimizer.Muon([group | {"params": [twin]}]).step()
+    optimizer.Muon(groups).step()
+    assert all(torch.equal(kernel, twin) for kernel, twin in zip(kernels, twins, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +205,7 @@ def test_weights_that_are_not_finite_are_never_saved(project, run_train, monkeyp
         return loss
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    with pytest.raises(utils.UserError, match="training broke down"):
+    with pytest.raises(utils.UserError, match="training diverged"):
         run_train("--num-epochs", "1", "--batch-size", "64")
     assert not Path("my_checkpoint.pth.tar").exists()
 
@@ -191,7 +239,7 @@ def test_other_errors_keep_their_traceback(project, run_train, monkeypatch):
 def test_a_network_that_predicts_one_class_is_named(project, run_train, capsys):
     run_train("--num-epochs", "1", "--learning-rate", "1e-9")
     out = capsys.readouterr().out
-    assert re.search(r"WARNING: it predicts background for every pixel, and \d+\.\d % of the training masks", out)
+    assert re.search(r"WARNING: it predicts background for every pixel, and \d+\.\d % of the validation masks", out)
     run_train("--num-epochs", "4")
     after_the_last_epoch = capsys.readouterr().out.split("\n    4 ")[1]
     assert "WARNING" not in after_the_last_epoch

@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, rows, same, weights
 
+import distributed
 import train
 import utils
 
@@ -46,7 +48,7 @@ class Training(CONTEXT.Process):
         sys.stdout.reconfigure(line_buffering=True)
         flags, largest_file = self._args
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        utils.run(lambda: train.main([*SMALL, *flags]))
+        distributed.run(lambda: train.main([*SMALL, *flags]))
 
     def output(self) -> str:
         return "".join(path.read_text() for path in self.printed)
@@ -93,8 +95,9 @@ def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project,
             process = Training(*flags, *["--load-model"] * has_begun)
             process.wait_for("train_loss")  # the table's head: from here on it trains
             if process.status(moments.uniform(0, seconds / 2)) is None:
-                os.killpg(process.pid, kill)
-                kills += 1
+                with suppress(ProcessLookupError):  # it has ended in this very moment
+                    os.killpg(process.pid, kill)
+                    kills += 1
             ended = process.status() == 0  # also if the signal came after the last step
             statuses = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15)}  # -15: after training, when all is saved
             assert ended or process.exitcode in statuses[kill], process.output()
@@ -153,7 +156,7 @@ def stop_after(steps: int, run_train, monkeypatch, *flags: str) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_step", step)
-        with pytest.raises(utils.Stopped):
+        with pytest.raises(distributed.Stopped):
             run_train(*flags)
     assert len(done) == steps
 
@@ -182,7 +185,7 @@ def test_another_batch_size_goes_on_at_the_same_image(project, run_train, monkey
     batches, train_step = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda *args: batches.append(len(args[1])) or train_step(*args))
     run_train("--num-epochs", "1", "--load-model", "--batch-size", "8")
-    assert batches == [8, 8, 8, 8, 8, 8, 4]
+    assert batches == [8, 8, 8, 8, 8, 8, 8]  # the last of the epoch begins again
     assert "BATCH_SIZE was 4 and is 8 from here on" in capsys.readouterr().out
 
 
@@ -214,7 +217,7 @@ def test_continuing_takes_todays_epochs_learning_rate_weight_decay_and_precision
     checkpoint = utils.load_checkpoint(CHECKPOINT)
     assert checkpoint["epoch"] == 2
     assert {group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]} <= {0.0, 0.5}
-    assert float(rows()[1]["learning_rate"]) == pytest.approx(train.learning_rate((1 + 60 / 64) / 2, 5e-4))
+    assert float(rows()[1]["learning_rate"]) == pytest.approx(5e-4 * train.schedule((1 + 60 / 64) / 2))
 
 
 def test_other_training_photos_begin_the_epoch_anew_and_other_validation_photos_the_best(
@@ -242,8 +245,45 @@ def test_a_finished_run_says_what_to_raise_and_ends_well(project, run_train, cap
     before = CHECKPOINT.read_bytes()
     run_train("--num-epochs", "1", "--load-model")
     out = capsys.readouterr().out
-    assert "my_checkpoint.pth.tar has 1 epochs already: set NUM_EPOCHS to more" in out and "at training size" in out
+    assert (
+        "my_checkpoint.pth.tar has 1 epochs already: a larger NUM_EPOCHS continues it" in out
+        and "at training size" in out
+    )
     assert CHECKPOINT.read_bytes() == before
+
+
+@pytest.mark.parametrize("lacking", [["format", "computed"], ["format", "computed", "photo_dice"], ["format"]])
+def test_a_checkpoint_of_an_older_format_continues(project, run_train, monkeypatch, lacking):
+    stop_after(19, run_train, monkeypatch, "--num-epochs", "2")
+    older = {name: value for name, value in torch.load(CHECKPOINT).items() if name not in lacking}
+    del older["settings"]["clip_norm"]  # there were fewer settings
+    utils.save_checkpoint(older, CHECKPOINT)
+    assert utils.load_checkpoint(CHECKPOINT)["computed"] == older["images"] == 12
+    run_train("--num-epochs", "2", "--load-model")
+    assert [row["epoch"] for row in rows()] == ["1", "2"]
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(project, run_train):
+    run_train("--num-epochs", "1")
+    utils.save_checkpoint(torch.load(CHECKPOINT) | {"format": 99}, CHECKPOINT)
+    with pytest.raises(utils.UserError, match=r"format 99, newer than .*: update the repository"):
+        run_train("--num-epochs", "2", "--load-model")
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(project, run_train, monkeypatch):
+    run_train("--num-epochs", "1")
+    monkeypatch.setattr(train, "Muon", lambda groups: torch.optim.SGD(groups[:1]))
+    with pytest.raises(utils.UserError, match="of another optimizer"):
+        run_train("--num-epochs", "2", "--load-model")
+
+
+def test_a_new_metric_joins_a_run_that_has_begun(project, run_train, monkeypatch):
+    run_train("--num-epochs", "1")
+    image_scores = utils.image_scores
+    monkeypatch.setattr(utils, "image_scores", lambda *counts: image_scores(*counts) | {"recall": counts[0] * 0 + 0.25})
+    run_train("--num-epochs", "2", "--load-model")
+    assert [row["recall"] for row in rows()] == ["", "0.25"]
+    assert "recall" in Path("saved_images/index.html").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from sklearn.metrics import accuracy_score, f1_score, jaccard_score
 from torch import nn
 
 import utils
+from device import Device
+from train import image_losses
 
-CPU = torch.device("cpu")
+CPU = Device(torch.device("cpu"), torch.float32)
 
 
 class FirstChannel(nn.Module):
@@ -20,8 +22,8 @@ class FirstChannel(nn.Module):
 
 
 class Items(list):
-    def __getitem__(self, epoch_and_index):
-        return super().__getitem__(epoch_and_index[1])
+    def __getitem__(self, key):
+        return super().__getitem__(key[2])
 
 
 def loader(items: list, batch_size: int) -> utils.Loader:
@@ -39,7 +41,8 @@ def images_and_masks():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])  # 3 leaves an uneven last batch
 def test_metrics_equal_those_of_scikit_learn(images_and_masks, batch_size):
-    found = utils.check_accuracy(loader(images_and_masks, batch_size), FirstChannel(), CPU, torch.float32)
+    found, photo_dice = utils.check_accuracy(loader(images_and_masks, batch_size), FirstChannel(), CPU, image_losses)
+    assert np.mean(photo_dice) == pytest.approx(found["dice"])
     pairs = [((image[0].flatten() > 0).numpy(), (mask.flatten() > 0).numpy()) for image, mask in images_and_masks]
     assert found["dice"] == pytest.approx(np.mean([f1_score(m, p, zero_division=1) for p, m in pairs]))
     assert found["iou"] == pytest.approx(np.mean([jaccard_score(m, p, zero_division=1) for p, m in pairs]))
@@ -68,7 +71,7 @@ def test_dice_and_iou_by_hand(prediction, mask, dice, iou):
 
 def test_a_probability_of_one_half_is_background(images_and_masks):
     images = [(torch.zeros(3, 4, 4), torch.zeros(4, 4))]
-    assert utils.check_accuracy(loader(images, 1), FirstChannel(), CPU, torch.float32)["dice"] == 1
+    assert utils.check_accuracy(loader(images, 1), FirstChannel(), CPU, image_losses)[1] == [1]
 
 
 def test_validation_never_changes_the_model(images_and_masks):
@@ -77,6 +80,6 @@ def test_validation_never_changes_the_model(images_and_masks):
     model = UNet(features=(4, 8)).train()
     images = [(F.pad(image, (4, 4, 4, 4)), F.pad(mask, (4, 4, 4, 4))) for image, mask in images_and_masks]
     before = copy.deepcopy(model.state_dict())
-    utils.check_accuracy(loader(images, 3), model, CPU, torch.float32)
+    utils.check_accuracy(loader(images, 3), model, CPU, image_losses)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training and all(layer.training for layer in model.modules())

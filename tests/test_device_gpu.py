@@ -15,19 +15,22 @@ from PIL import Image
 import predict
 import train
 import utils
+from device import Device, tune
+from settings import parse_settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")]
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def state_and_batch(device: torch.device, precision: torch.dtype, *flags: str) -> tuple:
-    s = utils.parse_settings(vars(train), [*SMALL, "--compile", "no", *flags])
-    utils.tune(device, precision)
-    state = train.new_state(s, device, precision, 0.2, 64)
+def state_and_batch(device: Device, *flags: str) -> tuple:
+    s = parse_settings(vars(train), [*SMALL, "--compile", "no", *flags])
+    tune(device)
+    state = train.new_state(s, device, 0.2, 64)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, 32, 48, generator=generator)
-    batch = utils.to_device(images, (images[:, 0] > 1).float(), device)
-    return state, s, batch
+    batch = device.to(images, (images[:, 0] > 1).float())
+    return state, (*batch, device, s)
 
 
 @pytest.mark.parametrize("flags", [[], ["--device", "cuda"], ["--device", "cuda:0"]])
@@ -40,8 +43,8 @@ def test_training_runs_on_the_gpu(project, run_train, flags, capsys):
 def test_a_step_in_fp32_equals_the_cpus():
     results = []
     for device in (CPU, CUDA):
-        state, s, batch = state_and_batch(device, torch.float32)
-        losses = [train.train_step(state, *batch, 1e-3, torch.float32, s, 4).item() for _ in range(3)]
+        state, batch = state_and_batch(Device(device, FP32))
+        losses = [train.train_step(state, *batch).item() for _ in range(3)]
         results.append((losses, {name: weight.cpu() for name, weight in state.model.state_dict().items()}))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     for name, weight in results[0][1].items():
@@ -49,11 +52,11 @@ def test_a_step_in_fp32_equals_the_cpus():
 
 
 def test_a_bf16_step_never_waits_for_the_gpu():
-    state, s, batch = state_and_batch(CUDA, torch.bfloat16, "--clip-norm", "1", "--accumulation", "2")
-    train.train_step(state, *batch, 1e-3, torch.bfloat16, s, 4)
+    state, batch = state_and_batch(Device(CUDA, BF16), "--clip-norm", "1", "--accumulation", "2")
+    train.train_step(state, *batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train.train_step(state, *batch, 1e-3, torch.bfloat16, s, 4)
+        train.train_step(state, *batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -68,8 +71,8 @@ def test_fp16_survives_a_scale_that_is_too_large(project, run_train, monkeypatch
 def test_compiled_and_eager_losses_are_equal():
     losses = []
     for flag in ("no", "yes"):
-        state, s, batch = state_and_batch(CUDA, torch.float32, "--compile", flag)
-        losses.append([train.train_step(state, *batch, 1e-3, torch.float32, s, 4).item() for _ in range(3)])
+        state, batch = state_and_batch(Device(CUDA, FP32), "--compile", flag)
+        losses.append([train.train_step(state, *batch).item() for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 

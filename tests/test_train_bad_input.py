@@ -11,8 +11,8 @@ import torch
 from conftest import SMALL
 from PIL import Image
 
+import distributed
 import train
-import utils
 
 
 def first(folder: str) -> Path:
@@ -75,6 +75,7 @@ MISTAKES = {
     "no value": (lambda: None, ["--image-height"], "--image-height"),
     "height 0": (lambda: None, ["--image-height", "0"], "IMAGE_HEIGHT"),
     "a width too small": (lambda: None, ["--image-width", "15"], "IMAGE_WIDTH"),
+    "a batch that has no equal parts": (lambda: None, ["--batch-size", "6", "--accumulation", "4"], "ACCUMULATION"),
     "batch size 0": (lambda: None, ["--batch-size", "0"], "BATCH_SIZE"),
     "a negative learning rate": (lambda: None, ["--learning-rate", "-0.001"], "LEARNING_RATE"),
     "a learning rate that is no number": (lambda: None, ["--learning-rate", "nan"], "LEARNING_RATE"),
@@ -94,7 +95,7 @@ MISTAKES = {
     "a device of another kind": (lambda: None, ["--device", "meta"], "DEVICE"),
     "one image for a step": (
         lambda: None, ["--image-height", "16", "--image-width", "16", "--features", "4", "4", "4", "4",
-                       "--batch-size", "63"], "BATCH_SIZE"),
+                       "--batch-size", "1"], "BATCH_SIZE"),
     "a checkpoint of another network": (save_other_network, ["--load-model", "--num-epochs", "2"], "FEATURES"),
     "a checkpoint that is text": (
         lambda: Path("my_checkpoint.pth.tar").write_text("hello"), ["--load-model"], "my_checkpoint.pth.tar"),
@@ -126,7 +127,7 @@ def test_mistakes_end_with_one_sentence(mistake, project, capsys):
     before = files_below(project)
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        utils.run(lambda: train.main([*SMALL, *flags]))
+        distributed.run(lambda: train.main([*SMALL, *flags]))
     message = exit_.value.code  # a text here is what Python prints before it exits with status 1
     assert isinstance(message, str) and message.startswith("error: ")
     assert "\n" not in message and named in message and ": " in message.removeprefix("error: ")
@@ -145,13 +146,13 @@ def test_the_exit_status_is_1_and_there_is_no_traceback(project):
 
 def test_a_photo_that_breaks_while_workers_read_it_is_named(project, monkeypatch):
     """Without a cache photos are read in every epoch; the worker's traceback is cut off the sentence."""
-    prepare = train.utils.CarvanaDataset.prepare
+    prepare = train.CarvanaDataset.prepare
 
     def break_afterwards(dataset, cache_dir):
         prepare(dataset, cache_dir)
         truncate(dataset.pairs[3][0], 0.5)
 
-    monkeypatch.setattr(train.utils.CarvanaDataset, "prepare", break_afterwards)
+    monkeypatch.setattr(train.CarvanaDataset, "prepare", break_afterwards)
     with pytest.raises(SystemExit) as exit_:
-        utils.run(lambda: train.main([*SMALL, "--cache-dir", "none", "--num-workers", "2"]))
+        distributed.run(lambda: train.main([*SMALL, "--cache-dir", "none", "--num-workers", "2"]))
     assert exit_.value.code.startswith("error: data/train_images/") and "\n" not in exit_.value.code

@@ -1,0 +1,177 @@
+"""Where the network computes, and in which precision."""
+
+import copy
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distributed
+from dataset import UserError
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device and the type in which autocast computes there."""
+
+    device: torch.device
+    precision: torch.dtype
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """channels_last, in which CPU and CUDA convolve fastest; on MPS BatchNorm's backward pass is wrong with it.
+
+        https://github.com/pytorch/pytorch/issues/175189
+        """
+        return torch.contiguous_format if self.device.type == "mps" else torch.channels_last
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
+    def to(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """A loader's batch on the device: images (N, 3, H, W), and masks (N, 1, H, W) to compare with logits."""
+        is_cuda = self.device.type == "cuda"  # only from pinned memory is it safe to go on before the copy is done
+        images = images.to(self.device, non_blocking=is_cuda, memory_format=self.memory_format)
+        return images, masks.to(self.device, non_blocking=is_cuda).unsqueeze(1)
+
+    def __str__(self) -> str:
+        return f"{self.device} in {str(self.precision).removeprefix('torch.')}"
+
+
+def choose_device(name: str, precision: str = "auto") -> Device:
+    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there.
+
+    CUDA's devices have an index. Under torchrun "cuda" and "auto" give each process of a machine a GPU of its own; MPS
+    is for one process. Where "auto" finds a GPU that cannot compute, it says why and takes the CPU.
+    """
+    alone, wanted = distributed.WORLD_SIZE == 1, name
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available() and alone
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if not alone and wanted not in ("cpu", "cuda"):
+        raise UserError(f'DEVICE {name} is one for all processes: set it to "cuda" (a GPU for each) or "cpu"')
+    if not alone and wanted == "cuda" and not torch.distributed.is_nccl_available():
+        raise UserError('processes on GPUs need NCCL, which this PyTorch lacks: set DEVICE to "cpu", or use Linux')
+    if wanted == "cuda":
+        wanted = f"cuda:{distributed.LOCAL_RANK}"
+        if 0 < torch.cuda.device_count() <= distributed.LOCAL_RANK:
+            raise UserError(f"there are {torch.cuda.device_count()} GPUs here: set --nproc_per_node to that")
+    try:
+        device = torch.device(wanted)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps are supported")
+        image = torch.ones(1, 1, 4, 4, device=device)
+        F.conv2d(image, image)  # a GPU for which this PyTorch has no kernels still allocates memory
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        if name != "auto":
+            raise UserError(f'DEVICE {name} cannot be used here ({reason}): set it to "auto", or "cpu"') from error
+        print(f"{wanted} cannot be used ({reason}): the CPU computes.")
+        device = torch.device("cpu")
+    return Device(device, PRECISIONS[fastest_precision(device) if precision == "auto" else precision])
+
+
+def fastest_precision(device: torch.device) -> str:
+    """What the hardware computes fastest. A CPU without bf16 instructions would emulate them, slower than fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and has_bf16 else "fp32"
+
+
+def choose_num_workers(number: int, device: Device) -> int:
+    """-1 is none beside a CPU that computes (a cached sample takes 1 ms of its 500), else one a core, 8 at most.
+
+    The processes that torchrun starts on a machine divide its cores among them.
+    """
+    if number >= 0:
+        return number
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 0 if device.device.type == "cpu" else max(1, min(8, cores // distributed.LOCAL_WORLD_SIZE))
+
+
+def tune(device: Device) -> None:
+    """Makes the device current, and switches on what makes training on it faster, for the whole process."""
+    if device.device.type == "cuda":
+        torch.cuda.set_device(device.device)
+        torch.backends.cudnn.allow_tf32 = device.precision != torch.float32  # fp32 is to mean fp32
+        torch.backends.cudnn.benchmark = True  # tries convolution algorithms: all batches have one shape
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives large tensors back to the system, and every step would fault all their pages in again: 8 % slower
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def should_compile(setting: str, device: Device, steps: int) -> bool:
+    """Whether COMPILE means torch.compile in a run of so many steps; "auto": if one process takes 5,000 on CUDA.
+
+    Compiling takes about a minute, in which a large GPU takes thousands of steps. The steps are those of the whole run,
+    so that continuing computes alike.
+    """
+    is_long = steps >= 5000 and device.device.type == "cuda" and distributed.WORLD_SIZE == 1
+    return setting == "yes" or (setting == "auto" and is_long)
+
+
+def compiled_and_parallel(model: nn.Module, shape: tuple, device: Device, setting: str, steps: int) -> Callable:
+    """The model as a run of so many steps calls it: compiled if COMPILE says so, under torchrun sharing its gradients.
+
+    `shape` is that of the images, (N, 3, H, W).
+    """
+    forward = compile_model(model, shape, device) if should_compile(setting, device, steps) else model
+    if distributed.WORLD_SIZE > 1:
+        forward = DistributedDataParallel(forward)
+        # It arranges its exchange after the first backward pass. A run that continues would do so after another step
+        # than one that was never stopped, and sums of three and more gradients would be rounded otherwise.
+        rehearse(forward, model, shape, device)
+    return forward
+
+
+def compile_model(model: nn.Module, shape: tuple, device: Device) -> Callable:
+    """torch.compile's version of the model after a trial on zeros of that shape; where that fails the model itself."""
+    compiled = torch.compile(model)
+    try:
+        rehearse(compiled, model, shape, device)
+    except Exception as error:  # from a missing compiler to a bug in it
+        print(f"torch.compile failed ({' '.join(str(error).split()[:30])}): training continues without it.")
+        return model
+    return compiled
+
+
+def rehearse(forward: Callable, model: nn.Module, shape: tuple, device: Device) -> None:
+    """Runs a forward and a backward pass on zeros of that shape, and leaves the model as it was."""
+    before = copy.deepcopy(model.state_dict())  # BatchNorm's statistics will move
+    try:
+        with device.autocast():
+            logits = forward(torch.zeros(shape, device=device.device).contiguous(memory_format=device.memory_format))
+        logits.float().sum().backward()
+    finally:
+        model.load_state_dict(before)
+        model.zero_grad()
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turns errors for lack of memory into a UserError that ends with `advice`, and those of lost workers likewise."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        cause = f"{error} {error.__context__}"  # PyTorch raises its own error of a lost worker within another
+        if "shared memory" in cause or "Bus error" in cause:  # a container has 64 MB of it
+            raise UserError(
+                "/dev/shm, where workers put their images, is too small: enlarge it (docker run --shm-size=8g), or set "
+                "NUM_WORKERS = 0"
+            ) from error
+        if "by signal: Killed" in cause:
+            raise UserError("the system has killed a worker, most likely for memory: lower NUM_WORKERS") from error
+        if isinstance(error, MemoryError) or distributed.is_out_of_memory(error):
+            raise UserError(f"out of memory {advice}") from error
+        raise

@@ -1,0 +1,115 @@
+"""A script's constants are its settings: a flag for each, and the range of each."""
+
+import argparse
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+from dataset import UserError
+from distributed import WORLD_SIZE
+from model import size_multiple
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (python {self.prog} --help shows all flags)")
+
+
+def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleNamespace:
+    """Makes every upper-case constant of a script a flag of the same name: IMAGE_HEIGHT = 160 is --image-height 160.
+
+    Args:
+        constants: the script's globals(). A constant's type is its flag's, and the comment beside it is the help. A
+            constant that is annotated with None (X: str | None = "a") takes "none" as a value.
+        argv: the command line, sys.argv[1:] by default.
+
+    Returns the settings by lower-case name. Raises UserError for an unknown flag and a value of the wrong type.
+    """
+    source = Path(constants["__file__"])
+    lines = re.findall(r"^([A-Z_]+)(: .*None)? = .*?  # (.*)$", source.read_text(encoding="utf-8"), re.MULTILINE)
+    comments = {name: comment for name, _, comment in lines}
+    may_be_none = {name.lower() for name, annotation, _ in lines if annotation}
+    parser = Parser(source.name, description=constants["__doc__"].splitlines()[0], allow_abbrev=False)
+    for name, default in constants.items():
+        if not name.isupper() or isinstance(default, ModuleType):
+            continue
+        if isinstance(default, list | Path):
+            default = tuple(default) if isinstance(default, list) else str(default)
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        options = {"default": default, "help": f"{comments.get(name, '')} [{shown}]".replace("%", "%%")}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+            options |= {"type": type((*default, 0)[0]), "nargs": "+", "metavar": "N"}
+        else:
+            options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
+        parser.add_argument("--" + name.lower().replace("_", "-"), **options)
+    settings = vars(parser.parse_args(argv))
+    for name, value in settings.items():
+        if isinstance(value, list):
+            settings[name] = tuple(value)
+        elif str(value).lower() == "none" and name in may_be_none:
+            settings[name] = None
+    return SimpleNamespace(**settings)
+
+
+Range = tuple[str, type | tuple[type, ...], Callable[[object], bool], str]  # name, type, is it valid, what is wanted
+
+
+def check_ranges(settings: object, ranges: Iterable[Range], spell: Callable[[str], str] = str.upper) -> None:
+    """Raises UserError for the first setting of another type or out of its range; `spell` writes its name for users."""
+    for name, kind, is_valid, wanted in ranges:
+        value = getattr(settings, name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not is_valid(value):
+            raise UserError(f"{spell(name)} is {value!r}: set it to {wanted}")
+
+
+def check_settings(s: SimpleNamespace) -> None:
+    """Checks train.py's settings and that its folders can be written to. Raises UserError."""
+    number, parts = (int, float), WORLD_SIZE * (s.accumulation if type(s.accumulation) is int else 1)
+    multiple = size_multiple(s.features) if isinstance(s.features, tuple) else 1
+    side = lambda v: v >= max(16, multiple)  # noqa: E731
+    parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "1 or more"
+    check_ranges(s, (
+        ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
+        ("image_height", int, side, f"a whole number, at least {max(16, multiple)}"),
+        ("image_width", int, side, f"a whole number, at least {max(16, multiple)}"),
+        ("num_epochs", int, lambda v: v >= 1, "a whole number, at least 1"),
+        ("accumulation", int, lambda v: v >= 1, "a whole number, at least 1"),
+        ("batch_size", int, lambda v: v >= 1 and v % parts == 0, f"a whole number, {parts_of_batch}"),
+        ("learning_rate", number, lambda v: 0 < v < math.inf, "a number above 0, such as 0.05"),
+        ("weight_decay", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
+        ("mean", tuple, lambda v: len(v) == 3 and all(math.isfinite(c) for c in v), "three numbers"),
+        ("std", tuple, lambda v: len(v) == 3 and all(0 < c < math.inf for c in v), "three numbers above 0"),
+        ("clip_norm", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
+        ("seed", int, lambda v: v >= 0, "a whole number, at least 0"),
+        ("num_workers", int, lambda v: v >= -1, "a whole number, at least 0, or to -1"),
+        ("timeout_minutes", number, lambda v: 0 < v <= 1e6, "a number above 0, such as 10"),
+        ("device", str, bool, '"auto", "cuda", "mps" or "cpu"'),
+        ("precision", str, lambda v: v in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
+        ("compile", str, lambda v: v in ("auto", "yes", "no"), '"auto", "yes" or "no"'),
+        ("checkpoint", str, lambda v: v and not Path(v).is_dir(), "a file's name"),
+        ("checkpoint_minutes", number, lambda v: v >= 0, "a number, at least 0"),
+        ("saved_images_dir", str, bool, "a folder's name"),
+        ("page_photos", int, lambda v: v >= 1, "a whole number, at least 1"),
+    ))  # fmt: skip
+    if s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
+        raise UserError(
+            f"BATCH_SIZE is {s.batch_size}: at this size BatchNorm would see one value a channel, set it to {2 * parts}"
+        )
+    check_writable(Path(s.checkpoint).parent, "CHECKPOINT")
+    check_writable(Path(s.saved_images_dir), "SAVED_IMAGES_DIR")
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Creates the folder that a setting names. Raises UserError where no file can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{setting}: {folder} cannot be written ({error.strerror}): choose another folder") from error
