@@ -216,7 +216,7 @@ class Prediction:
 
 # <name>_<kind>.png: what draws it, in this order, and its flag's help. A new output is an entry here.
 OUTPUTS: dict[str, tuple[Callable[[Prediction], Image.Image], str]] = {
-    "mask": (lambda p: Image.fromarray(p.mask), "255 on the object, else 0: always, but with --submission"),
+    "mask": (lambda p: Image.fromarray(p.mask), "255 on the object, else 0; the default without --submission"),
     "overlay": (lambda p: draw_overlay(p.photo, p.mask), "the photo with the mask tinted and outlined"),
     "probabilities": (Prediction.sixteen_bits, "16 bit, 65535 is 1"),
     "background": (Prediction.on_background, "the object on white, #rrggbb or image.jpg"),
@@ -399,7 +399,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("predictions"), help="[predictions]")
     for kind, (_, text) in OUTPUTS.items():
         takes_value = {"metavar": "COLOUR|IMAGE"} if kind == "background" else {"action": "store_true"}
-        add(f"--{kind}", help=f"<name>_{kind}.png: {text}", **takes_value)
+        add(f"--{kind}", help=f"<name>_{kind}.png: {text}".replace("%", "%%"), **takes_value)
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")
     add("--mask-dir", type=Path, help="true masks: scores at the photos' original size, in <output-dir>/scores.csv")
     add("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
@@ -427,7 +427,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         lambda name: f"--{name.replace('_', '-')}",
     )
     args.mask = args.mask or not args.submission
-    args.outputs = [kind for kind in OUTPUTS if getattr(args, kind)]
+    args.outputs = [kind for kind in OUTPUTS if getattr(args, kind.replace("-", "_"))]
     args.background = args.background and load_background(args.background)
     return args
 

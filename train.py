@@ -131,6 +131,7 @@ class State:
             "losses": {images: loss.item() for images, loss in self.epoch.losses.items()},
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),  # empty unless it trains in fp16
             "epoch": len(self.history),
             "history": self.history,
@@ -141,10 +142,10 @@ class State:
     def load_state_dict(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["state_dict"])
         todays = [dict(group, params=None) for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError as error:
-            raise UserError(f"the checkpoint is of another optimizer ({error}): use that one, or train anew") from error
+        before, now = checkpoint["optimizer_name"], type(self.optimizer).__name__
+        if before != now or len(checkpoint["optimizer"]["param_groups"]) != len(todays):
+            raise UserError(f"the checkpoint is of another optimizer ({before}, not {now}): use that, or train anew")
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, options in zip(self.optimizer.param_groups, todays, strict=True):
             group |= options | {name: group[name] for name in ("params", "lr")}  # today's LEARNING_RATE and so on
         if checkpoint["scaler"]:
@@ -292,7 +293,7 @@ def raise_if_not_finite(state: State, loader: DataLoader) -> None:
         names = [loader.dataset.pairs[index][0].name for index in loader.batch_sampler.batches()[0]]
         raise UserError(
             f"training diverged (loss {losses[first].item():.3g}) with {', '.join(names)}: look at these photos and "
-            "their masks, or lower LEARNING_RATE; the checkpoints are from before"
+            "their masks, or lower LEARNING_RATE; no checkpoint was changed"
         )
 
 

@@ -200,7 +200,7 @@ def checkpoint_header(model: UNet, s: SimpleNamespace, train_set: CarvanaDataset
 
 def _upgraded(checkpoint: dict) -> dict:
     """A checkpoint of any format as one of today's."""
-    lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0)}
+    lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0), "optimizer_name": "Muon"}
     return lacking | checkpoint
 
 
@@ -316,7 +316,10 @@ def iou_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
 
 
 def image_scores(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> dict[str, Tensor]:
-    """The scores of each image, (N,), whose means metrics.csv shows. A new metric is a line here."""
+    """The scores of each image, (N,), whose means metrics.csv shows. A new metric is a line here.
+
+    It needs a value for images without foreground, too: one nan makes the mean nan.
+    """
     return {
         "pixel_accuracy": (tp + tn) / (tp + fp + fn + tn),
         "dice": dice_scores(tp, fp, fn),

@@ -240,10 +240,10 @@ def test_a_background_may_be_a_picture_of_any_shape(photos):
 
 def test_a_new_output_is_one_entry(photos, monkeypatch):
     grey = lambda prediction: Image.fromarray(prediction.photo).convert("L")  # noqa: E731
-    monkeypatch.setitem(predict.OUTPUTS, "grey", (grey, "the photo in grey"))
-    run(photos[0], "--grey")
-    assert names() == {f"{photos[0].stem}_mask.png", f"{photos[0].stem}_grey.png"}
-    assert pixels(f"{photos[0].stem}_grey.png").ndim == 2
+    monkeypatch.setitem(predict.OUTPUTS, "all-grey", (grey, "100 % grey"))
+    run(photos[0], "--all-grey")
+    assert names() == {f"{photos[0].stem}_mask.png", f"{photos[0].stem}_all-grey.png"}
+    assert pixels(f"{photos[0].stem}_all-grey.png").ndim == 2
     run("predictions/..", "--output-dir", "again")  # neither is taken for a photo
     assert not [name for name in names("again") if "grey" in name]
 
