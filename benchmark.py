@@ -1,4 +1,4 @@
-"""Measures every speed that the README claims, side by side in one run.
+"""Measures every speed that docs/speed.md claims, side by side in one run.
 
 python benchmark.py loader    # photos/s from files to batches, against the classic pipeline
 python benchmark.py train     # images/s of the training step and its memory, against the classic step

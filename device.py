@@ -73,7 +73,7 @@ def choose_device(name: str, precision: str = "auto") -> Device:
         F.conv2d(image, image)  # a GPU for which this PyTorch has no kernels still allocates memory
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        if name != "auto":
+        if name != "auto" or not alone:  # other processes may have a GPU that can
             raise UserError(f'DEVICE {name} cannot be used here ({reason}): set it to "auto", or "cpu"') from error
         print(f"{wanted} cannot be used ({reason}): the CPU computes.")
         device = torch.device("cpu")
@@ -103,7 +103,7 @@ def tune(device: Device) -> None:
     """Makes the device current, and switches on what makes training on it faster, for the whole process."""
     if device.device.type == "cuda":
         torch.cuda.set_device(device.device)
-        torch.backends.cudnn.allow_tf32 = device.precision != torch.float32  # fp32 is to mean fp32
+        torch.backends.cudnn.conv.fp32_precision = "ieee" if device.precision == torch.float32 else "tf32"
         torch.backends.cudnn.benchmark = True  # tries convolution algorithms: all batches have one shape
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc gives large tensors back to the system, and every step would fault all their pages in again: 8 % slower

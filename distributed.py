@@ -56,13 +56,17 @@ def process_group(minutes: float) -> Iterator[None]:
                 raise
             raise Lost(
                 f"process {RANK} has lost another one, which has ended or was silent for {minutes:g} minutes: see what "
-                f"that one says, and start again; training continues with --load-model ({str(error).splitlines()[0]})"
+                f"that one says, and start again (training with --load-model) ({str(error).splitlines()[0]})"
             ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a RuntimeError of the CPU, CUDA, cuBLAS, cuDNN, NCCL or MPS says so."""
-    return bool(re.search(r"out of memory|can't allocate memory|ALLOC(ATION)?_FAILED|CUDA [cm]alloc", str(error)))
+    return bool(
+        re.search(
+            r"out of memory|not enough memory|can't allocate memory|ALLOC(ATION)?_FAILED|CUDA [cm]alloc", str(error)
+        )
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,13 +55,16 @@ def float32_products(device_type: str) -> Iterator[None]:
     eigenvalues, on which newton_schulz diverges: Dice after the quick start was 0.944 instead of 0.981. Rounded to
     TF32, as "high" allows a GPU, singular values reach 1.8 instead of 1.2. The products are 2 % of a step's FLOPs.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_decay: float) -> None:
@@ -73,8 +76,7 @@ def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_d
     for kernel in kernels:
         state = states[kernel]
         if not state:
-            state |= {"step": 0, "momentum": torch.zeros_like(kernel)}
-        state["step"] += 1
+            state["momentum"] = torch.zeros_like(kernel)
         state["momentum"].lerp_(kernel.grad, 0.1)
         step = kernel.grad.lerp_(state["momentum"], 0.9)
         rows = max(divisor for divisor in range(1, ROWS + 1) if len(step) % divisor == 0)

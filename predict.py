@@ -93,7 +93,7 @@ class Predictor(nn.Module):
 def load_model(checkpoint: str | Path, device: str = "auto", precision: str = "auto") -> Predictor:
     """A network with its preprocessing from a checkpoint of train.py. Raises UserError if there is none."""
     chosen = choose_device(device, precision)
-    torch.backends.cudnn.allow_tf32 = chosen.precision != torch.float32  # fp32 is to mean fp32
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if chosen.precision == torch.float32 else "tf32"
     return Predictor(utils.load_checkpoint(Path(checkpoint)), chosen)
 
 
@@ -210,8 +210,7 @@ class Prediction:
         return canvas
 
     def cutout(self) -> Image.Image:
-        self.object.putalpha(self.alpha)
-        return self.object
+        return Image.merge("RGBA", (*self.object.split(), self.alpha))
 
 
 # <name>_<kind>.png: what draws it, in this order, and its flag's help. A new output is an entry here.
@@ -220,7 +219,7 @@ OUTPUTS: dict[str, tuple[Callable[[Prediction], Image.Image], str]] = {
     "overlay": (lambda p: draw_overlay(p.photo, p.mask), "the photo with the mask tinted and outlined"),
     "probabilities": (Prediction.sixteen_bits, "16 bit, 65535 is 1"),
     "background": (Prediction.on_background, "the object on white, #rrggbb or image.jpg"),
-    "cutout": (Prediction.cutout, "the object on transparency"),  # last: it changes the object's picture
+    "cutout": (Prediction.cutout, "the object on transparency"),
 }
 
 
@@ -346,9 +345,9 @@ def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, args: argparse.N
         full = image if args.tile and not args.size else read_image(photo.path)
         prediction = Prediction(full, enlarge(logits, image, full), args)
         runs = rle_encode(prediction.mask) if args.submission else None
-        scores = score(prediction.mask, photo.mask) if photo.mask else None
         for kind in args.outputs:
             write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
+        scores = score(prediction.mask, photo.mask) if photo.mask else None
     return photo, scores, runs
 
 
@@ -492,7 +491,7 @@ def main(argv: list[str] | None = None) -> None:
     shard, submission = photos[RANK::WORLD_SIZE], None
     if args.submission:
         submission = open_submission(args, photos)
-        shard = [photo for photo in shard if photo.path.name not in submission.done]
+        shard = [photo for photo in shard if args.mask_dir or photo.path.name not in submission.done]  # all are scored
 
     start = time.perf_counter()
     with memory_errors(f"at --batch-size {args.batch_size}: set it to 1, or --size or --tile to less"):

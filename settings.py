@@ -74,7 +74,7 @@ def check_settings(s: SimpleNamespace) -> None:
     number, parts = (int, float), WORLD_SIZE * (s.accumulation if type(s.accumulation) is int else 1)
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) else 1
     side = lambda v: v >= max(16, multiple)  # noqa: E731
-    parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "1 or more"
+    parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
     check_ranges(s, (
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
         ("image_height", int, side, f"a whole number, at least {max(16, multiple)}"),
@@ -99,9 +99,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("page_photos", int, lambda v: v >= 1, "a whole number, at least 1"),
     ))  # fmt: skip
     if s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
-        raise UserError(
-            f"BATCH_SIZE is {s.batch_size}: at this size BatchNorm would see one value a channel, set it to {2 * parts}"
-        )
+        raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
     check_writable(Path(s.checkpoint).parent, "CHECKPOINT")
     check_writable(Path(s.saved_images_dir), "SAVED_IMAGES_DIR")
 

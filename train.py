@@ -63,7 +63,7 @@ PRECISION = "auto"  # "bf16", "fp16" or "fp32"; "auto" takes the fastest that th
 COMPILE = "auto"  # "yes" or "no" to torch.compile; "auto" compiles for long runs of one process on CUDA
 ACTIVATION_CHECKPOINTING = False  # True computes activations twice and keeps few: big images on a small GPU
 NUM_WORKERS = -1  # processes that load images; -1 chooses, 0 loads in this one
-SYNC_BATCHNORM = True  # under torchrun on CUDA, BatchNorm sees the whole batch; False sees each process's share
+SYNC_BATCHNORM = True  # under torchrun on CUDA, BatchNorm sees the whole batch; False sees each process's shard
 TIMEOUT_MINUTES = 10.0  # under torchrun, until a process that is silent counts as lost
 
 # What a run reads and leaves.
@@ -142,10 +142,12 @@ class State:
     def load_state_dict(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["state_dict"])
         todays = [dict(group, params=None) for group in self.optimizer.param_groups]
-        before, now = checkpoint["optimizer_name"], type(self.optimizer).__name__
-        if before != now or len(checkpoint["optimizer"]["param_groups"]) != len(todays):
-            raise UserError(f"the checkpoint is of another optimizer ({before}, not {now}): use that, or train anew")
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            if (before := checkpoint["optimizer_name"]) != (now := type(self.optimizer).__name__):
+                raise ValueError(f"{before}, not {now}")
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise UserError(f"the checkpoint is of another optimizer ({error}): use that one, or train anew") from error
         for group, options in zip(self.optimizer.param_groups, todays, strict=True):
             group |= options | {name: group[name] for name in ("params", "lr")}  # today's LEARNING_RATE and so on
         if checkpoint["scaler"]:
@@ -169,8 +171,7 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
         group["initial_lr"] = group["lr"]  # which the schedule multiplies
 
     shape = (s.batch_size // distributed.WORLD_SIZE // s.accumulation, 3, s.image_height, s.image_width)
-    steps = s.num_epochs * -(-photos // s.batch_size)
-    forward = compiled_and_parallel(model, shape, device, s.compile, steps)
+    forward = compiled_and_parallel(model, shape, device, s.compile, s.num_epochs * math.ceil(photos / s.batch_size))
     scaler = torch.amp.GradScaler(device.device.type, enabled=device.precision == torch.float16)
     return State(model, forward, optimizer, scaler)
 

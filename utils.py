@@ -7,7 +7,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +66,7 @@ class Loader(DataLoader):
     """A DataLoader whose workers leave the signals that stop a run to the run."""
 
     def __iter__(self) -> Iterator:
-        with distributed.signals_blocked():
+        with distributed.signals_blocked() if self.num_workers else nullcontext():
             return super().__iter__()
 
 
@@ -217,6 +217,7 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path} could run code, which no checkpoint of train.py does: use another") from error
     except Exception as error:  # torch.load raises many kinds on files of other kinds
         raise UserError(f"{path} is not from this train.py: choose another, or train again") from error
+    is_newer = False
     try:
         checkpoint = _upgraded(checkpoint)
         is_newer = checkpoint["format"] > FORMAT
@@ -226,7 +227,7 @@ def load_checkpoint(path: Path) -> dict:
             name: weight.shape for name, weight in checkpoint["state_dict"].items()
         } == {name: weight.shape for name, weight in wanted.items()}
     except (KeyError, TypeError, AttributeError, RuntimeError):
-        is_newer = fits = False
+        fits = False
     if is_newer:
         raise UserError(f"{path} has format {checkpoint['format']}, newer than this train.py's: update the repository")
     if not fits:

@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optimizer import adam_, float32_products, muon_, newton_schulz
 
 PRODUCTS = {"aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"}
-BITS = {"highest": 23, "high": 10, "medium": 7}  # of mantissa that a machine may round a product's factors to
+BITS = {"none": 23, "ieee": 23, "tf32": 10, "bf16": 7}  # of mantissa that a machine may round a product's factors to
 
 
 class RoughMachine(TorchDispatchMode):
-    """Rounds the factors of every float32 product as far as set_float32_matmul_precision allows.
+    """Rounds the factors of every float32 product as far as the process allows.
 
     A GPU with TF32 does so under "high", a CPU with AMX under "medium".
     """
@@ -24,7 +24,7 @@ class RoughMachine(TorchDispatchMode):
 
 
 def rounded(factor: torch.Tensor) -> torch.Tensor:
-    dropped = 23 - BITS[torch.get_float32_matmul_precision()]
+    dropped = 23 - BITS[torch.backends.mkldnn.matmul.fp32_precision]
     if factor.dtype != torch.float32 or not dropped:
         return factor
     bits = factor.contiguous().view(torch.int32)
@@ -64,6 +64,19 @@ def test_muon_moves_a_kernel_alike_in_all_directions(rough_machine):
     left, _, right = torch.linalg.svd(matrices(), full_matrices=False)
     cosine = torch.nn.functional.cosine_similarity(step.flatten(1), (left @ right).flatten(1))
     assert cosine.min() > 0.97
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_pytorchs_newer_switches_do_not_reach_the_products_either(precision):
+    gradients, backend = matrices(), torch.backends.mkldnn.matmul
+    wanted = step_of(gradients)
+    before, backend.fp32_precision = backend.fp32_precision, precision
+    try:
+        with RoughMachine():
+            assert torch.equal(step_of(gradients), wanted)
+        assert backend.fp32_precision == precision
+    finally:
+        backend.fp32_precision = before
 
 
 def test_autocast_does_not_reach_the_products():

@@ -238,6 +238,24 @@ def test_a_background_may_be_a_picture_of_any_shape(photos):
     assert pixels(f"{photos[0].stem}_background.png").shape == (64, 96, 3)
 
 
+def test_a_true_mask_of_another_size_costs_its_score_not_the_mask(photos):
+    Image.new("1", (10, 10), 1).save(f"data/val_masks/{photos[0].stem}_mask.gif")
+    error_of("data/val_images", "--mask-dir", "data/val_masks")
+    assert f"{photos[0].stem}_mask.png" in names()
+    assert len(Path("predictions/scores.csv").read_text().splitlines()) == 8  # a heading and seven photos
+
+
+def test_scores_beside_a_submission_that_continues_are_of_all_photos(photos):
+    flags = ["data/val_images", "--mask-dir", "data/val_masks", "--submission", "s.csv"]
+    good = photos[7].read_bytes()
+    photos[7].write_bytes(good[:500])
+    error_of(*flags)
+    photos[7].write_bytes(good)
+    run(*flags)
+    assert len(Path("s.csv").read_text().splitlines()) == 9
+    assert len(Path("predictions/scores.csv").read_text().splitlines()) == 9
+
+
 def test_a_new_output_is_one_entry(photos, monkeypatch):
     grey = lambda prediction: Image.fromarray(prediction.photo).convert("L")  # noqa: E731
     monkeypatch.setitem(predict.OUTPUTS, "all-grey", (grey, "100 % grey"))

@@ -266,7 +266,9 @@ def test_a_checkpoint_of_an_older_format_continues(project, run_train, monkeypat
 
 def test_a_checkpoint_of_a_newer_format_is_refused(project, run_train):
     run_train("--num-epochs", "1")
-    utils.save_checkpoint(torch.load(CHECKPOINT) | {"format": 99}, CHECKPOINT)
+    newer = torch.load(CHECKPOINT) | {"format": 99}
+    newer["model"]["attention"] = True
+    utils.save_checkpoint(newer, CHECKPOINT)
     with pytest.raises(utils.UserError, match=r"format 99, newer than .*: update the repository"):
         run_train("--num-epochs", "2", "--load-model")
 
