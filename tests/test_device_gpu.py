@@ -56,9 +56,10 @@ def test_a_bf16_step_never_waits_for_the_gpu():
     train.train_step(state, *batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train.train_step(state, *batch)
+        loss = train.train_step(state, *batch)  # raises where it waits
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
 
 
 def test_fp16_survives_a_scale_that_is_too_large(project, run_train, monkeypatch, capsys):

@@ -352,7 +352,7 @@ def test_run_lengths_decode_to_what_was_encoded(mask):
         ([[1, 0], [0, 0]], "1 1"),
         ([[0, 0], [0, 1]], "4 1"),
         ([[0, 1, 0], [0, 0, 0]], "2 1"),  # row by row; column by column it would be the third
-        ([[0, 1, 1], [1, 0, 1]], "2 3 6 1"),  # a run goes on in the next row
+        ([[0, 1, 1], [1, 0, 1]], "2 3 6 1"),  # a run continues in the next row
     ],
 )
 def test_run_lengths_by_hand(mask, runs):
