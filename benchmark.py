@@ -27,16 +27,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-import albumentations as A
 import numpy as np
 import torch
 import torch.nn.functional as F
-from albumentations.pytorch import ToTensorV2
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import augmentation
 import dataset
 import predict
 import train
@@ -76,16 +74,35 @@ def peak_memory() -> float:
 # loader: from files to samples
 
 
-def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
-    """Photos per second of one worker, from 1918 x 1280 JPEGs and GIFs to augmented tensors of the default size.
+def classic_augmentation(s: SimpleNamespace) -> Callable:
+    """What train.py does to a photo, in albumentations. Raises UserError if that is not installed."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or importing it asks the network for a newer version
+    try:
+        import albumentations as A
+        from albumentations.pytorch import ToTensorV2
+    except ImportError as error:
+        raise UserError("the comparison needs a package: pip install albumentations") from error
+    return A.Compose([
+        A.Resize(s.image_height, s.image_width),
+        A.HorizontalFlip(p=0.5),
+        A.Affine(scale=(0.85, 1.15), translate_percent=(-0.06, 0.06), rotate=(-8, 8), p=0.7, border_mode=4),
+        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
+        A.HueSaturationValue(hue_shift_limit=180, sat_shift_limit=50, val_shift_limit=30, p=0.5),
+        A.Normalize(s.mean, s.std),
+        ToTensorV2(),
+    ])  # fmt: skip
 
-    classic: in every epoch Pillow decodes both in full, and albumentations resizes. cold: the first epoch, which builds
-    the cache, with one thread. warm: every later one.
+
+def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
+    """Photos per second of one thread, from 1918 x 1280 JPEGs and GIFs to augmented samples of the default size.
+
+    classic: in every epoch Pillow decodes both in full, and albumentations resizes, augments as train.py does, and
+    normalises. cold: the first epoch, which builds the cache. warm: every later one.
     """
     dataset.NUM_THREADS = 1
     size = s.image_height, s.image_width
-    augment, _ = train.make_transforms(s)
-    classic_transform = A.Compose([A.Resize(*size), *augment.transforms])
+    augment = train.make_augmentation()
+    classic_transform = classic_augmentation(s)
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
         draw_dataset(photos, train_cars=3, val_cars=1)
@@ -116,6 +133,7 @@ def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
         "classic_photos_per_second": rates["classic"],
         "cold_photos_per_second": rates["cold"],
         "warm_photos_per_second": rates["warm"],
+        "warm_ms": 1000 / rates["warm"],
         "cold_ratio": rates["cold"] / rates["classic"],
         "warm_ratio": rates["warm"] / rates["classic"],
     }
@@ -238,14 +256,18 @@ def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
 # recipe: what is learned
 
 
+def vertical_flip(_: np.random.Generator, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return image[::-1].copy(), mask[::-1].copy()
+
+
 def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
     """(seconds so far, validation Dice) after each epoch of Adam at 1e-4 with batches of 16, rotated by 35 degrees."""
     device = Device(choose_device(s.device).device, torch.float32)
-    steps = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1), A.Normalize((0, 0, 0), (1, 1, 1)), ToTensorV2()]
     size = s.image_height, s.image_width
-    train_transform, val_transform = A.Compose([A.Rotate(35, p=1.0), *steps]), A.Compose(steps[2:])
-    train_set = CarvanaDataset(s.train_img_dir, s.train_mask_dir, size, train_transform, s.seed)
-    val_set = CarvanaDataset(s.val_img_dir, s.val_mask_dir, size, val_transform)
+    rotation = partial(augmentation.affine, scale=0, shift=0, degrees=35)
+    steps = [(1.0, rotation), (0.5, augmentation.horizontal_flip), (0.1, vertical_flip)]
+    train_set = CarvanaDataset(s.train_img_dir, s.train_mask_dir, size, steps, s.seed)
+    val_set = CarvanaDataset(s.val_img_dir, s.val_mask_dir, size)
     for data in (train_set, val_set):
         data.prepare(s.cache_dir)
     workers = choose_num_workers(s.num_workers, device)
@@ -256,7 +278,7 @@ def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
     for epoch in range(s.num_epochs):
         train_loader.batch_sampler.epoch = epoch
         for images, masks in train_loader:
-            classic_step(model, optimizer, images.to(device.device), masks.to(device.device).unsqueeze(1))
+            classic_step(model, optimizer, *device.to(images, masks))
         dice = utils.check_accuracy(val_loader, model, device, train.image_losses)[0]["dice"]
         found.append((time.perf_counter() - start, dice))
     return found
@@ -314,15 +336,15 @@ def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path, devi
     model = UNet(**state["model"]).eval().to(device)
     model.load_state_dict(state["state_dict"])
     settings = state["preprocessing"]
-    transform = A.Compose(
-        [A.Resize(settings["height"], settings["width"]), A.Normalize(settings["mean"], settings["std"]), ToTensorV2()]
-    )
+    mean, std = np.float32(settings["mean"]), np.float32(settings["std"])
     for photo in photos:
-        image = np.array(Image.open(photo).convert("RGB"))
+        image = Image.open(photo).convert("RGB")
+        pixels = np.array(image.resize((settings["width"], settings["height"]), Image.Resampling.BILINEAR))
+        batch = torch.from_numpy((pixels / np.float32(255) - mean) / std).permute(2, 0, 1)[None].contiguous()
         with torch.no_grad():
-            prediction = torch.sigmoid(model(transform(image=image)["image"][None].to(device)))[0, 0] > 0.5
+            prediction = torch.sigmoid(model(batch.to(device)))[0, 0] > 0.5
         mask = Image.fromarray(prediction.cpu().numpy().astype(np.uint8) * 255)
-        mask.resize(image.shape[1::-1], Image.Resampling.NEAREST).save(output_dir / f"{photo.stem}_mask.png")
+        mask.resize(image.size, Image.Resampling.NEAREST).save(output_dir / f"{photo.stem}_mask.png")
 
 
 def measure_prediction(

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
+import threading
 import unicodedata
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial, reduce
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,13 +25,17 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-cv2.setNumThreads(0)  # albumentations works on small samples in parallel workers: OpenCV's own threads would compete
+from augmentation import Step, augment
+
+cv2.setNumThreads(0)  # several threads or workers call it on small samples: OpenCV's own threads would compete
 Image.MAX_IMAGE_PIXELS = 300_000_000  # Pillow warns above, and refuses twice that; a telephone's photo may have 200
 Image.core.set_blocks_max(16)  # Pillow keeps memory that it would give back: decoding in full takes half the time
 
 SUFFIXES = (".gif", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # the order in which masks are sought
 DARK = 32  # of 255: below it a mask's values are labels, or in a JPEG noise
-NUM_THREADS = os.cpu_count() or 1  # that decode side by side while the cache is built: Pillow releases the GIL
+NUM_THREADS = os.cpu_count() or 1  # that decode and draw side by side: Pillow and OpenCV release the GIL
+LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on at original size, which bounds the memory
+ONE_AT_A_TIME = threading.Lock()
 DECODER = 1  # part of the cache's key: raise it when decoding changes
 
 # What is known of a pair: the photo's original size; the shares of foreground in the sample's mask and along its edge;
@@ -55,6 +61,22 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: Iterable[tuple]) -> Iterator[Future]:
+    """Calls function(*item) in the pool, `depth` calls ahead of the caller. Yields their results' futures, in order."""
+    items, running = iter(items), deque()
+    while True:
+        running.extend(pool.submit(function, *item) for item in islice(items, depth - len(running)))
+        if not running:
+            return
+        yield running.popleft()
+
+
+def large_ones_wait(path: Path) -> AbstractContextManager:
+    """Lets one large photo at a time be worked on."""
+    with opened(path) as header:
+        return ONE_AT_A_TIME if header.width * header.height > LARGE else nullcontext()
 
 
 def find_pairs(image_dir: Path, mask_dir: Path) -> list[tuple[Path, Path]]:
@@ -263,15 +285,15 @@ class CarvanaDataset(Dataset):
     Args:
         image_dir, mask_dir: folders whose files pair as find_pairs says.
         size: (height, width) of every sample.
-        transform: an albumentations Compose that ends with Normalize and ToTensorV2; None serves the decoded arrays.
+        augmentation: what augmentation.augment is to do with each sample, a list of (probability, step).
         seed: of the augmentation.
     """
 
-    def __init__(self, image_dir: Path, mask_dir: Path, size: tuple[int, int], transform: Callable | None = None,
-                 seed: int = 0) -> None:  # fmt: skip
+    def __init__(self, image_dir: Path, mask_dir: Path, size: tuple[int, int],
+                 augmentation: list[tuple[float, Step]] = (), seed: int = 0) -> None:  # fmt: skip
         self.image_dir, self.mask_dir = Path(image_dir), Path(mask_dir)
         self.pairs = find_pairs(self.image_dir, self.mask_dir)
-        self.size, self.transform, self.seed = tuple(size), transform, seed
+        self.size, self.augmentation, self.seed = tuple(size), augmentation, seed
         self.cache_file: Path | None = None
         self._cache: np.memmap | None = None
         self.infos: np.ndarray | None = None  # (n,) of INFO, once prepared
@@ -279,21 +301,13 @@ class CarvanaDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """An index, or (epoch, position, index) -> image float32 (3, H, W), normalised, and mask float32 (H, W).
+    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """An index, or (epoch, position, index) -> image uint8 (H, W, 3), and mask uint8 (H, W) in {0, 1}.
 
         `position` is the sample's in the epoch: one that comes twice is augmented differently.
         """
         epoch, position, index = key if isinstance(key, tuple) else (0, key, key)
-        image, mask = self.sample(index)
-        if self.transform is None:
-            return image, mask
-        # One stream of numbers for all steps: with set_random_seed each step would draw the same ones, and flip a photo
-        # just when it also rotates it.
-        generator = np.random.default_rng((self.seed, epoch, position))
-        self.transform.set_random_state(generator, random.Random(generator.bytes(8)))
-        augmented = self.transform(image=image, mask=mask)
-        return augmented["image"], augmented["mask"].float()
+        return augment(self.augmentation, np.random.default_rng((self.seed, epoch, position)), *self.sample(index))
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The decoded pair, uint8 image (H, W, 3) and mask (H, W), from the cache if there is one."""
@@ -403,13 +417,12 @@ class CarvanaDataset(Dataset):
         infos = []
         progress = tqdm(total=len(self), desc="reading", unit="pair", disable=None)
         with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
-            portion = 8 * NUM_THREADS  # so that samples do not pile up in memory
-            for start in range(0, len(self), portion):
-                for sample, info in pool.map(read, range(start, min(start + portion, len(self)))):
-                    infos.append(info)
-                    if file is not None:
-                        file.write(sample)
-                    progress.update()
+            for future in in_threads(pool, 8 * NUM_THREADS, read, zip(range(len(self)))):
+                sample, info = future.result()
+                infos.append(info)
+                if file is not None:
+                    file.write(sample)
+                progress.update()
         return np.array(infos, INFO)
 
 

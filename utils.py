@@ -14,13 +14,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 import distributed
-from dataset import CarvanaDataset, UserError, enlarge, read_image, read_mask, written_whole
+from dataset import (
+    NUM_THREADS,
+    CarvanaDataset,
+    UserError,
+    enlarge,
+    in_threads,
+    large_ones_wait,
+    read_image,
+    read_mask,
+    written_whole,
+)
 from device import Device
 from model import UNet
 
@@ -78,7 +88,7 @@ def get_loaders(
     pin_memory: bool = False,
     seed: int = 0,
 ) -> tuple[Loader, Loader]:
-    """Loaders for training and validation, of images float32 (N, 3, H, W) and masks float32 (N, H, W) in {0, 1}.
+    """Loaders for training and validation, of images uint8 (N, H, W, 3) and masks uint8 (N, H, W) in {0, 1}.
 
     Batches do not depend on num_workers.
     """
@@ -328,23 +338,29 @@ def image_scores(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> dict[str, Te
     }
 
 
-@torch.inference_mode()
 def full_size_dice(loader: Loader, model: nn.Module, device: Device) -> float:
     """The mean Dice over a loader's pairs at the photos' original size, as predict.py --mask-dir measures it."""
     model.eval()
-    scores, data = [], loader.dataset
-    with_progress = progress(loader, desc="at original size", unit="batch")
-    for indices, batch in zip(loader.batch_sampler.batches(), with_progress, strict=True):
-        with device.autocast():
-            logits = model(device.to(*batch)[0])
-        mine = indices[distributed.shard(len(indices))]
-        for index, photo_logits in zip(mine, logits[:, 0].float().cpu().numpy(), strict=False):
-            image_path, mask_path = data.pairs[index]
-            prediction = enlarge(photo_logits, data.sample(index)[0], read_image(image_path)) > 0.5
-            mask = read_mask(mask_path) > 0
-            counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(mask)[None])
-            scores.append(image_scores(*counts)["dice"].item())
-    return distributed.all_reduce_sum(torch.tensor(sum(scores), dtype=torch.float64)).item() / len(data)
+    data = loader.dataset
+
+    def predicted() -> Iterator[tuple[int, np.ndarray]]:
+        with_progress = progress(loader, desc="at original size", unit="batch")
+        for indices, (images, _) in zip(loader.batch_sampler.batches(), with_progress, strict=True):
+            with torch.inference_mode(), device.autocast():
+                logits = model(device.normalised(images))
+            mine = indices[distributed.shard(len(indices))]
+            yield from zip(mine, logits[:, 0].float().cpu().numpy(), strict=False)
+
+    def dice(index: int, logits: np.ndarray) -> float:
+        image_path, mask_path = data.pairs[index]
+        with large_ones_wait(image_path):
+            prediction = enlarge(logits, data.sample(index)[0], read_image(image_path)) > 0.5
+            counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(read_mask(mask_path) > 0)[None])
+        return image_scores(*counts)["dice"].item()
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        total = sum(future.result() for future in in_threads(pool, 2 * NUM_THREADS, dice, predicted()))
+    return distributed.all_reduce_sum(torch.tensor(total, dtype=torch.float64)).item() / len(data)
 
 
 @torch.inference_mode()
@@ -353,7 +369,7 @@ def check_accuracy(
     model: nn.Module,
     device: Device,
     image_losses: Callable[[Tensor, Tensor], Tensor],
-    show: Callable[[Tensor, Tensor], None] | None = None,
+    show: Callable[[Tensor], None] | None = None,
 ) -> tuple[dict[str, float], list[float]]:
     """Validates: returns the images' mean "val_loss" and image_scores, and each image's Dice.
 
@@ -361,7 +377,7 @@ def check_accuracy(
 
     Args:
         image_losses: train.py's, logits and masks (N, 1, H, W) -> (N,).
-        show: called with every batch, logits and masks float32 (N, 1, H, W) on the device.
+        show: called with every batch's logits, float32 (N, 1, H, W) on the device.
     """
     was_training = model.training
     model.eval()
@@ -378,7 +394,7 @@ def check_accuracy(
             losses.append(image_losses(logits, masks))
             counts.append(torch.stack(confusion(logits > 0, masks > 0)))  # sigmoid(logits) > 0.5
             if show:
-                show(logits, masks)
+                show(logits)
             if len(losses) % 10 == 1:
                 bar.set_postfix(loss=f"{losses[-1].mean().item():.4f}", refresh=False)
             bar.update(len(masks))
@@ -400,11 +416,22 @@ def check_accuracy(
 # What a run leaves to look at
 
 
-def save_predictions_as_imgs(predictions: Tensor, masks: Tensor, batch: int, folder: Path) -> None:
-    """Saves a batch's predictions as pred_<batch>.png and the true masks as <batch>.png, (N, 1, H, W) in 4 columns."""
+def save_predictions_as_imgs(predictions: np.ndarray, masks: np.ndarray, batch: int, folder: Path) -> None:
+    """Saves a batch's predictions as pred_<batch>.png and the true masks as <batch>.png, both bool (N, H, W)."""
     for name, pictures in ((f"pred_{batch}.png", predictions), (f"{batch}.png", masks)):
-        with saving(folder / name) as temporary:
-            save_image(pictures.float(), temporary, format="png", nrow=4, pad_value=0.5)
+        save_grid(pictures * np.uint8(255), folder / name)
+
+
+def save_grid(pictures: np.ndarray, path: Path) -> None:
+    """Saves pictures, uint8 (N, H, W) or (N, H, W, 3), in 4 columns with grey lines between them as one PNG."""
+    count, height, width = pictures.shape[:3]
+    columns, rows = min(4, count), -(-count // 4)
+    grid = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, *pictures.shape[3:]), 128, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = 2 + number // 4 * (height + 2), 2 + number % 4 * (width + 2)
+        grid[top : top + height, left : left + width] = picture
+    with saving(path) as temporary:
+        Image.fromarray(grid).save(temporary, "PNG", compress_type=3)  # run lengths: faster
 
 
 def save_metrics(rows: list[dict], path: Path) -> None:

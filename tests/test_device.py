@@ -32,10 +32,10 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0))
         monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
 
-        def choose(name: str, precision: str = "auto") -> device.Device:
+        def choose(name: str, precision: str = "auto", **normalisation: tuple) -> device.Device:
             with monkeypatch.context() as patched:
                 patched.setattr(torch, "ones", lambda *shape, device: ones(*shape))
-                return choose_device(name, precision)
+                return choose_device(name, precision, **normalisation)
 
         for module in (device, train):
             monkeypatch.setattr(module, "choose_device", choose)
@@ -68,7 +68,7 @@ def test_training_starts_on_the_gpu(gpus, name, project, run_train, monkeypatch)
         pass
 
     def new_state(_, chosen, *__):
-        assert chosen == CUDA_BF16
+        assert (chosen.device, chosen.precision) == (torch.device("cuda", 0), torch.bfloat16)
         raise Reached
 
     monkeypatch.setattr(train, "new_state", new_state)
@@ -208,15 +208,27 @@ def test_validation_counts_on_the_gpu(on_cuda):
             self.dataset, self.batch_sampler = range(4 * batches), utils.Batches(4 * batches, 4)
 
         def __iter__(self):
-            yield from [(images, masks[:, 0])] * len(self.batch_sampler)
+            batch = images.permute(0, 2, 3, 1).byte(), masks[:, 0].byte()
+            yield from [batch] * len(self.batch_sampler)
 
     waits = []
     for batches in (1, 5):
         items.clear()
-        utils.check_accuracy(
-            Loader(batches), state.model, CUDA_BF16, train.image_losses, lambda *batch: shown.extend(batch)
-        )
+        utils.check_accuracy(Loader(batches), state.model, CUDA_BF16, train.image_losses, shown.append)
         waits.append(items.count(CUDA))
     assert waits == [1, 1]  # for the progress of the first of ten batches
     assert all(tensor.device == CUDA and tensor.dtype == torch.float32 for tensor in shown)
-    assert [tensor.shape for tensor in shown] == [(4, 1, 32, 48)] * 12
+    assert [tensor.shape for tensor in shown] == [(4, 1, 32, 48)] * 6
+
+
+def test_images_are_normalised_on_the_device():
+    bytes_of = torch.randint(256, (2, 5, 7, 3), dtype=torch.uint8)
+    masks = torch.randint(2, (2, 5, 7), dtype=torch.uint8)
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+    chosen = device.Device(torch.device("cpu"), torch.float32, mean, std)
+    images, wanted_masks = chosen.to(bytes_of, masks)
+    expected = (bytes_of.double() / 255 - torch.tensor(mean, dtype=torch.float64)) / torch.tensor(std).double()
+    torch.testing.assert_close(images.double(), expected.permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
+    assert images.dtype == wanted_masks.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(wanted_masks[:, 0], masks.float())

@@ -28,8 +28,8 @@ def state_and_batch(device: Device, *flags: str) -> tuple:
     tune(device)
     state = train.new_state(s, device, 0.2, 64)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, 3, 32, 48, generator=generator)
-    batch = device.to(images, (images[:, 0] > 1).float())
+    images = torch.randint(256, (4, 32, 48, 3), dtype=torch.uint8, generator=generator)
+    batch = device.to(images, (images[..., 0] > 200).byte())
     return state, (*batch, device, s)
 
 

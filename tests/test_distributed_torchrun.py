@@ -41,6 +41,10 @@ def wait_for(text: str, process: subprocess.Popen) -> None:
         assert line, process.communicate(timeout=60)
 
 
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 def wait_for_checkpoint(process: subprocess.Popen) -> None:
     while not CHECKPOINT.exists():
         assert process.poll() is None, process.communicate()
@@ -105,8 +109,7 @@ def test_a_killed_process_is_started_again_and_the_weights_are_the_same(project)
     done(torchrun(*flags, "--checkpoint", "whole.pth.tar"))
     process = torchrun(*flags, max_restarts=3)
     wait_for("  best", process)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(children(process)[-1], signal.SIGKILL)
     assert "Continuing after" in done(process)
     assert same(weights("whole.pth.tar"), weights())
     assert len(rows()) == 3
@@ -177,17 +180,22 @@ def test_two_machines_learn_what_one_learns_and_a_cut_wire_loses_nothing(two_mac
 
     flags = ["--num-epochs", "3", "--checkpoint-minutes", "0", "--timeout-minutes", "0.2"]
     machines = [start_machine(two_machines, number, *flags) for number in (0, 1)]
-    wait_for("  best", machines[0])
+    monkeypatch.chdir(two_machines / "0")
+    wait_for_checkpoint(machines[0])
+    workers = children(machines[1])
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # neither gets to the end of the run before the wire is cut
     subprocess.run(["ip", "-n", "unet1", "link", "set", "wire1", "down"], check=True)
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
     for machine in machines:
         while "has lost another one" not in (line := machine.stderr.readline()):
-            assert line
+            assert line, machine.communicate(timeout=60)
         machine.kill()  # torchrun waits for minutes to find out for itself
         machine.wait()
     subprocess.run(["ip", "-n", "unet1", "link", "set", "wire1", "up"], check=True)
 
     for machine in [start_machine(two_machines, number, *flags, "--load-model") for number in (0, 1)]:
         done(machine)
-    monkeypatch.chdir(two_machines / "0")
     assert same(wanted, weights())
     assert not (two_machines / "1" / CHECKPOINT).exists()

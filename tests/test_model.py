@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import UNet
+from model import UNet, UpConv
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 33), (31, 47), (160, 240), (97, 16)])
@@ -26,6 +26,21 @@ def test_padding_leaves_the_rest_of_the_image_alone():
     image = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(model(image[..., :61, :59])[..., :32, :32], model(image)[..., :32, :32])
+
+
+def test_an_up_convolution_is_pytorchs():
+    ours, theirs = UpConv(5, 3, 2, stride=2), torch.nn.ConvTranspose2d(5, 3, 2, stride=2)
+    theirs.load_state_dict(ours.state_dict())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        gradients = []
+        for layer in (ours, theirs):
+            layer.zero_grad()
+            x = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+            out = layer(x.requires_grad_())
+            (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+            gradients.append((out, x.grad, *(weight.grad for weight in layer.parameters())))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_every_weight_learns():

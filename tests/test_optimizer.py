@@ -1,5 +1,7 @@
 """Muon learns the same whatever a machine makes of float32 products."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from conftest import rows
@@ -108,12 +110,33 @@ def test_a_run_on_a_rough_machine_learns_the_same(project, run_train, monkeypatc
     assert wanted > 0.8 and dice == pytest.approx(wanted, abs=0.02)
 
 
+def test_the_small_weights_take_a_step_together():
+    """Each operation waits for a GPU to start it: a network has 42 of these weights."""
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts[-1] += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for number in (1, 20):
+        weights, states = [torch.ones(4) for _ in range(number)], defaultdict(dict)
+        for weight in weights:
+            weight.grad = torch.ones(4)
+        adam_(weights, states, 0.1)
+        counts.append(0)
+        with Count():
+            adam_(weights, states, 0.1)
+    assert counts[0] == counts[1] < 10
+
+
 def test_the_other_weights_take_the_steps_of_pytorchs_adam():
-    weight, twin = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
-    adam, state = torch.optim.Adam([twin], lr=0.1), {}
+    weights, twins = ([torch.nn.Parameter(torch.ones(size)) for size in (5, 3)] for _ in range(2))
+    adam, states = torch.optim.Adam(twins, lr=0.1), defaultdict(dict)
     for seed in range(5):
-        weight.grad = twin.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+        for weight, twin in zip(weights, twins, strict=True):
+            weight.grad = twin.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            adam_(weight, state, 0.1)
+            adam_(weights, states, 0.1)
         adam.step()
-    torch.testing.assert_close(weight, twin)
+    torch.testing.assert_close(weights, twins)

@@ -5,6 +5,7 @@ import builtins
 import io
 import re
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,28 @@ def test_tensorboard_gets_scores_overlays_and_settings(project, run_train):
     assert events.Scalars("dice")[1].value == pytest.approx(float(rows()[1]["dice"]))
     assert [event.step for event in events.Images("overlay_0")] == [1, 2]
     assert "LEARNING_RATE = 0.05".lower() in str(events.Tensors("settings/text_summary")[0]).lower()
+
+
+def test_an_epochs_pictures_are_skipped_where_those_before_are_not_done(project, run_train, monkeypatch, capsys):
+    second, begin, draw = threading.Event(), report.Report.begin, report.Report._draw_run
+
+    def note_second(self, epoch):
+        try:
+            return begin(self, epoch)
+        finally:
+            if epoch == 2:
+                second.set()
+
+    def wait_for_second(self, *args):
+        assert second.wait(60)
+        draw(self, *args)
+
+    monkeypatch.setattr(report.Report, "begin", note_second)
+    monkeypatch.setattr(report.Report, "_draw_run", wait_for_second)
+    run_train("--num-epochs", "3")
+    assert capsys.readouterr().out.count("Epoch 2 gets no pictures") == 1
+    assert len(rows()) == 3 and f"Dice {float(rows()[2]['dice']):.4f} after epoch 3 of 3" in page()
+    assert len(list(Path("saved_images").glob("overlay_*.png"))) == 8
 
 
 def test_a_missing_tensorboard_is_named_with_its_install_line(project, run_train, monkeypatch):
