@@ -2,6 +2,7 @@
 
 python benchmark.py loader    # photos/s from files to batches, against the classic pipeline
 python benchmark.py train     # images/s of the training step and its memory, against the classic step
+python benchmark.py validate  # ms a photo that pictures and scores take beside the network
 python benchmark.py recipe    # Dice after NUM_EPOCHS, and seconds until the classic recipe's Dice, against that recipe
 python benchmark.py predict   # photos/s from photos to masks at 1918 x 1280, against the plain way
 
@@ -26,12 +27,14 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import augmentation
@@ -39,10 +42,12 @@ import dataset
 import predict
 import train
 import utils
-from dataset import CarvanaDataset, UserError, find_pairs, written_whole
+from dataset import CarvanaDataset, find_pairs, written_whole
+from decoding import UserError
 from device import Device, choose_device, choose_num_workers, tune
 from distributed import run
 from model import UNet
+from report import Report
 from sample_data import draw_dataset, use_sample_if_empty
 from settings import Parser, check_settings, parse_settings
 
@@ -176,8 +181,24 @@ def monai_network() -> nn.Module:
 PEERS = {"segmentation_models_pytorch": smp_network, "monai": monai_network}  # measured where they are installed
 
 
-def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, float]:
-    """Seconds a step, GFLOP a step, peak memory in MB, and the GFLOP/s of a product of two matrices."""
+class OperationCount(TorchDispatchMode):
+    """Counts the operations that a device is asked for; views cost it nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def measure_step(name: str, s: SimpleNamespace) -> dict[str, float]:
+    """A step's seconds and GFLOP, its optimizer's seconds and operations, the peak memory in MB, and the GFLOP/s of a
+    product of two matrices.
+    """
     chosen = choose_device(s.device, s.precision)
     device = chosen.device
     wait = {"cuda": partial(torch.cuda.synchronize, device), "mps": torch.mps.synchronize, "cpu": int}[device.type]
@@ -185,7 +206,8 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
     masks = (torch.rand(s.batch_size, 1, s.image_height, s.image_width, device=device) < 0.2).float()
     if name == "classic":
         model = classic_network(s).to(device)
-        step = partial(classic_step, model, torch.optim.Adam(model.parameters(), 1e-4), images, masks)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+        step = partial(classic_step, model, optimizer, images, masks)
     else:
         tune(chosen)
         if name in PEERS or s.compile == "auto":  # as in a long run
@@ -194,7 +216,7 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
         if name in PEERS:
             state.model = state.forward = PEERS[name]().to(device, memory_format=chosen.memory_format)
             state.optimizer = torch.optim.AdamW(state.model.parameters(), fused=True)
-        model = state.model
+        model, optimizer = state.model, state.optimizer
         images = images.contiguous(memory_format=chosen.memory_format)
         step = partial(train.train_step, state, images, masks, chosen, s)
 
@@ -209,6 +231,14 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
     number = 3 if device.type == "cpu" else 30
     step_seconds = seconds(lambda: steps(number)) / number
     memory = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory()
+
+    def optimize() -> None:
+        optimizer.step()
+        wait()
+
+    optimizer_seconds = statistics.median(seconds(optimize) for _ in range(5))
+    with OperationCount() as operations:
+        optimizer.step()
     with FlopCounterMode(display=False) as counter:
         model(images[:1]).sum().backward()
 
@@ -222,7 +252,14 @@ def measure_step(name: str, s: SimpleNamespace) -> tuple[float, float, float, fl
 
     products()
     peak = 10 * 2 * size**3 / 1e9 / min(seconds(products) for _ in range(5))
-    return step_seconds, s.batch_size * counter.get_total_flops() / 1e9, memory, peak
+    return {
+        "seconds": step_seconds,
+        "gflop": s.batch_size * counter.get_total_flops() / 1e9,
+        "optimizer_seconds": optimizer_seconds,
+        "optimizer_operations": operations.count,
+        "memory": memory,
+        "matmul": peak,
+    }
 
 
 def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
@@ -239,17 +276,57 @@ def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
             found[name].append(in_process(measure_step, name, s))
     figures = {}
     for name, rows in found.items():
-        step_seconds, gflop, memory, peak = np.median(rows, axis=0).tolist()
-        figures[f"{name}_images_per_second"] = s.batch_size / step_seconds
-        figures[f"{name}_gflop_per_image"] = gflop / s.batch_size
-        figures[f"{name}_gflop_per_second"] = gflop / step_seconds
-        figures[f"{name}_memory_mb"] = memory
+        found_here = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        figures[f"{name}_images_per_second"] = s.batch_size / found_here["seconds"]
+        figures[f"{name}_gflop_per_image"] = found_here["gflop"] / s.batch_size
+        figures[f"{name}_gflop_per_second"] = found_here["gflop"] / found_here["seconds"]
+        figures[f"{name}_memory_mb"] = found_here["memory"]
+        figures[f"{name}_optimizer_ms"] = 1000 * found_here["optimizer_seconds"]
+        figures[f"{name}_optimizer_operations"] = found_here["optimizer_operations"]
         if name == "ours":
-            figures["matmul_gflop_per_second"] = peak
+            figures["matmul_gflop_per_second"] = found_here["matmul"]
     figures["step_ratio"] = figures["ours_images_per_second"] / figures["classic_images_per_second"]
     figures["matmul_share"] = figures["ours_gflop_per_second"] / figures["matmul_gflop_per_second"]
     figures["memory_ratio"] = figures["ours_memory_mb"] / figures["classic_memory_mb"]
     return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# validate: what surrounds the network in validation
+
+
+def benchmark_validate(s: SimpleNamespace) -> dict[str, float]:
+    """Milliseconds a photo of 1918 x 1280 beside a network that costs nothing.
+
+    scores: check_accuracy alone. pictures: the same, until every picture and the page are drawn in threads; training
+    waits for `scores_and_queue` of that. full_size: Dice at the photos' original size, in one thread and in all.
+    """
+    device = Device(torch.device("cpu"), torch.float32, s.mean, s.std)
+    network = nn.Conv2d(3, 1, 1)
+    times = {name: [] for name in ("scores", "scores_and_queue", "pictures", "full_size_one_thread", "full_size")}
+    with tempfile.TemporaryDirectory() as folder:
+        draw_dataset(Path(folder, "data"), train_cars=1, val_cars=4)
+        sets = [
+            CarvanaDataset(Path(folder, f"data/{name}_images"), Path(folder, f"data/{name}_masks"), (160, 240))
+            for name in ("train", "val")
+        ]
+        for data in sets:
+            data.prepare(Path(folder, "cache"))
+        s.saved_images_dir = folder
+        loader = utils.get_loaders(*sets, s.batch_size)[1]
+        validate = partial(utils.check_accuracy, loader, network, device, train.image_losses)
+        for number in range(ROUNDS):
+            times["scores"].append(seconds(validate))
+            start = time.perf_counter()
+            with Report(s, *sets) as report:
+                metrics, photo_dice = validate(report.begin(1))
+                times["scores_and_queue"].append(time.perf_counter() - start)
+                report.finish([{"epoch": number + 1, **metrics}], [photo_dice])
+            times["pictures"].append(time.perf_counter() - start)
+            for name, threads in (("full_size_one_thread", 1), ("full_size", dataset.NUM_THREADS)):
+                with mock.patch.object(utils, "NUM_THREADS", threads):
+                    times[name].append(seconds(lambda: utils.full_size_dice(loader, network, device)))
+    return {f"{name}_ms": 1000 * statistics.median(values) / len(sets[1]) for name, values in times.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,6 +489,7 @@ def describe_machine(device: torch.device) -> dict[str, str | int]:
 BENCHMARKS = {
     "loader": benchmark_loader,
     "train": benchmark_train,
+    "validate": benchmark_validate,
     "recipe": benchmark_recipe,
     "predict": benchmark_predict,
 }

@@ -12,39 +12,30 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial, reduce
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-import cv2
 import numpy as np
-import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from augmentation import Step, augment
-
-cv2.setNumThreads(0)  # several threads or workers call it on small samples: OpenCV's own threads would compete
-Image.MAX_IMAGE_PIXELS = 300_000_000  # Pillow warns above, and refuses twice that; a telephone's photo may have 200
-Image.core.set_blocks_max(16)  # Pillow keeps memory that it would give back: decoding in full takes half the time
+from decoding import VOID, Note, Rule, UserError, decode_image, decode_mask, opened, rule_from, value_shares
 
 SUFFIXES = (".gif", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # the order in which masks are sought
-DARK = 32  # of 255: below it a mask's values are labels, or in a JPEG noise
 NUM_THREADS = os.cpu_count() or 1  # that decode and draw side by side: Pillow and OpenCV release the GIL
 LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on at original size, which bounds the memory
 ONE_AT_A_TIME = threading.Lock()
-DECODER = 1  # part of the cache's key: raise it when decoding changes
+DECODER = 2  # part of the cache's key: raise it when decoding changes
 
-# What is known of a pair: the photo's original size; the shares of foreground in the sample's mask and along its edge;
-# a checksum of the sample's image.
-INFO = np.dtype([("height", "i8"), ("width", "i8"), ("foreground", "f8"), ("border", "f8"), ("checksum", "i8")])
-
-
-class UserError(Exception):
-    """Something in data, settings or a checkpoint that the user can fix; its message is one sentence that says how."""
+# What is known of a pair: the photo's original size; the shares of foreground in the known part of the sample's mask,
+# of foreground along its edge, and of void; a checksum of the sample's image.
+INFO = np.dtype(
+    [("height", "i8"), ("width", "i8"), ("foreground", "f8"), ("border", "f8"), ("void", "f8"), ("checksum", "i8")]
+)
 
 
 @contextmanager
@@ -135,152 +126,35 @@ def stem_of(path: Path) -> str:
     return unicodedata.normalize("NFC", path.stem)
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """An image opened with Pillow. Pillow raises many kinds of errors on broken files: each becomes a UserError."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:
-        reason = str(error).removesuffix(f": {str(path)!r}")
-        raise UserError(f"{path} is no readable image ({reason}): replace or remove it") from error
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after EXIF's orientation, tag 0x0112: 5 to 8 swap them."""
-    return image.size if image.getexif().get(0x0112, 1) >= 5 else image.size[::-1]
-
-
-def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decodes an image of any kind to upright RGB, uint8 (H, W, 3), resized to `size` (height, width) if that is given.
-
-    A JPEG is decoded at 1/2, 1/4 or 1/8 where that is not smaller than `size`: 1.7 ms instead of 11 for 1918 x 1280.
-    Raises UserError if the file cannot be decoded to its end.
-    """
-    return _decode_image(path, size)[0]
-
-
-def _decode_image(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """The image of read_image, and its own (height, width)."""
-    with opened(path) as image:
-        own_size = _upright_size(image)
-        if size:
-            for scale in (8, 4, 2):
-                if all(-(-own // scale) >= wanted for own, wanted in zip(own_size, size, strict=True)):
-                    image.draft(None, (image.width // scale, image.height // scale))  # does nothing unless it is a JPEG
-                    break
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        if image.mode != "RGB":  # converting would copy it
-            image = image.convert("RGB")
-        return np.array(resize(image, size)), own_size
-
-
-def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decodes a mask of any kind to uint8 (H, W) in {0, 1}, resized to `size` (height, width) if that is given.
-
-    Foreground is what is brighter than half of the brightest pixel, transparent pixels counting as black. In a coloured
-    mask, and in one of labels (0, 1, 2, ... below 32, and perhaps 255 for "void"), it is everything but black.
-
-    Resizing takes a pixel as foreground if at least half of its area was. Raises UserError like read_image.
-    """
-    return _decode_mask(path, size)[0]
-
-
-def _decode_mask(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """The mask of read_mask, and its own (height, width)."""
-    with opened(path) as image:
-        own_size, is_lossy = _upright_size(image), image.format in ("JPEG", "MPO", "WEBP")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-        if image.mode in ("L", "P"):  # judge the values that occur, not every pixel
-            values = image.getpalette("RGB") if image.mode == "P" else range(256)
-            colours = np.array(values, np.uint8).reshape(-1, 1, 3 if image.mode == "P" else 1)
-            used = np.flatnonzero(image.histogram())
-            table = np.zeros(256, np.uint8)
-            table[used] = 255 * _foreground(colours[used], is_lossy)[:, 0]
-            image = image.point(table.tolist(), "L")
-        else:
-            pixels = np.asarray(image if image.mode[0] in "1IF" else image.convert("RGB"))
-            image = Image.fromarray(255 * _foreground(pixels.reshape(image.height, image.width, -1), is_lossy))
-        return (np.asarray(resize(image, size)) > 127).astype(np.uint8), own_size
-
-
-def _foreground(pixels: np.ndarray, is_lossy: bool) -> np.ndarray:
-    """The rule of read_mask: (H, W, 1 or 3) of any type -> uint8 (H, W) in {0, 1}. What is dark in a JPEG is noise."""
-    channels = [pixels[..., channel] for channel in range(pixels.shape[2])]
-    value = reduce(np.maximum, channels)
-    is_coloured = len(channels) == 3 and (value - reduce(np.minimum, channels)).max() >= DARK
-    is_label = (value > 0) & (value < DARK)
-    if is_lossy:
-        threshold = DARK - 1 if is_coloured else max(DARK - 1, value.max() / 2)
-    elif is_label.any() and (is_label | (value == 0) | (value == 255)).all():
-        threshold = 0
-    else:
-        threshold = 0 if is_coloured else value.max() / 2
-    return (value > threshold).astype(np.uint8)
-
-
-def resize(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
-    """Resizes to (height, width): the mean over each new pixel's area, or linear interpolation where it is enlarged."""
-    if size is None or image.size == size[::-1]:
-        return image
-    if size[0] > image.height or size[1] > image.width:
-        return image.resize(size[::-1], Image.Resampling.BILINEAR)
-    return image.resize(size[::-1], Image.Resampling.BOX, reducing_gap=2)  # whole factors first: faster
-
-
-def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndarray:
-    """Probabilities at a photo's original size, float32 (H, W), whose edges follow the photo's.
-
-    A fast guided filter (He and Sun 2015, https://arxiv.org/abs/1505.00996): over 5 x 5 pixels of the network each, the
-    probabilities are fitted by a linear function of the brightness, which is enlarged, and applied to the photo. The
-    quick start's mean Dice is 0.9852 with it, 0.9811 with logits enlarged linearly, 0.9800 with masks enlarged. Photos
-    of less than twice the network's size would lose by it, and get their logits enlarged linearly.
-
-    Args:
-        logits, image: the network's output float32 (h, w), and its input uint8 (h, w, 3).
-        photo: uint8 (H, W, 3).
-    """
-    if photo.size < 4 * image.size:
-        enlarged = cv2.resize(logits, photo.shape[1::-1]) if image.shape != photo.shape else logits
-        return torch.from_numpy(enlarged).sigmoid().numpy()
-    probabilities = torch.from_numpy(logits).sigmoid().numpy()
-    mean = partial(cv2.blur, ksize=(5, 5))
-    brightness = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    variance = mean(brightness**2) - mean(brightness) ** 2
-    covariance = mean(brightness * probabilities) - mean(brightness) * mean(probabilities)
-    slope = covariance / (variance + 15)  # 15 is a standard deviation of 4 of 255: what varies less is no edge
-    offset = mean(probabilities) - slope * mean(brightness)
-
-    enlarged = cv2.resize(mean(slope), photo.shape[1::-1])
-    brightness = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
-    enlarged *= cv2.GaussianBlur(brightness, (5, 5), 0)  # without its grain, which would fray the edges
-    enlarged += cv2.resize(mean(offset), photo.shape[1::-1])
-    return enlarged.clip(0, 1, out=enlarged)  # in place: a large photo has large arrays
-
-
 def read_sample(
-    image_path: Path, mask_path: Path, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Decodes a pair: uint8 image (H, W, 3) and mask (H, W) of `size`, and the photo's own (height, width).
+    image_path: Path, mask_path: Path, size: tuple[int, int], rule: Rule | None = None
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int], Note]:
+    """Decodes a pair by a rule, or by what its files alone suggest.
 
-    Raises UserError if image and mask differ in size, or cannot be decoded.
+    Returns the image, uint8 (H, W, 3), and the mask, uint8 (H, W) in {0, 1, VOID}, both of `size`, the photo's own
+    (height, width), and a Note. Raises UserError if image and mask differ in size, or cannot be decoded.
     """
-    image, own_size = _decode_image(image_path, size)
-    mask, mask_size = _decode_mask(mask_path, size)
+    image, own_size, levels = decode_image(image_path, size, rule)
+    mask, mask_size, note = decode_mask(mask_path, size, rule)
+    note.levels = levels
     if own_size != mask_size:
         raise UserError(
             f"{mask_path} is {mask_size[1]} x {mask_size[0]} pixels, but its image {image_path.name} is "
             f"{own_size[1]} x {own_size[0]}: make the mask again at the image's size"
         )
-    return image, mask, own_size
+    return image, mask, own_size, note
+
+
+def info_of(image: np.ndarray, mask: np.ndarray, own_size: tuple[int, int]) -> tuple:
+    """The INFO of a pair's sample."""
+    border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    void = float((mask == VOID).mean())
+    foreground = float((mask == 1).mean()) / (1 - void) if void < 1 else 0.0
+    return (*own_size, foreground, float((border == 1).mean()), void, zlib.crc32(image))
 
 
 class CarvanaDataset(Dataset):
-    """Images with binary masks, decoded to one size; augmentation depends on (seed, epoch, position) alone.
+    """Images with binary masks, decoded to one size by one rule; augmentation depends on (seed, epoch, position) alone.
 
     Args:
         image_dir, mask_dir: folders whose files pair as find_pairs says.
@@ -296,13 +170,16 @@ class CarvanaDataset(Dataset):
         self.size, self.augmentation, self.seed = tuple(size), augmentation, seed
         self.cache_file: Path | None = None
         self._cache: np.memmap | None = None
-        self.infos: np.ndarray | None = None  # (n,) of INFO, once prepared
+        # Once prepared:
+        self.infos: np.ndarray | None = None  # (n,) of INFO
+        self.notes: list[Note] = []
+        self.rule: Rule | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """An index, or (epoch, position, index) -> image uint8 (H, W, 3), and mask uint8 (H, W) in {0, 1}.
+        """An index, or (epoch, position, index) -> image uint8 (H, W, 3), and mask uint8 (H, W) in {0, 1, VOID}.
 
         `position` is the sample's in the epoch: one that comes twice is augmented differently.
         """
@@ -312,7 +189,7 @@ class CarvanaDataset(Dataset):
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The decoded pair, uint8 image (H, W, 3) and mask (H, W), from the cache if there is one."""
         if self.cache_file is None:
-            return read_sample(*self.pairs[index], self.size)[:2]
+            return read_sample(*self.pairs[index], self.size, self.rule)[:2]
         if self._cache is None:
             self._map_cache()
         image, mask = np.split(self._cache[index], [3 * self.size[0] * self.size[1]])
@@ -325,16 +202,22 @@ class CarvanaDataset(Dataset):
         """Of the prepared pairs' names and contents: other data have another one."""
         return _digest([image.name for image, _ in self.pairs], self.infos.tolist())
 
-    def prepare(self, cache_dir: Path | None) -> None:
+    def prepare(
+        self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
+    ) -> None:
         """Decodes every pair once, which checks it, and keeps the samples in a memory-mapped file in cache_dir.
+
+        By the rule, if one is given, else by that which these files make: each is read as it suggests itself, and those
+        that the whole set contradicts are read again. `foreground_values` are then the rule's `chosen`.
 
         The file serves later runs while the names, sizes and times of all files stay as they are; after a change,
         samples of unchanged files are copied from it. It appears when it is complete. With cache_dir None, or on a disk
         that is full, samples are decoded whenever they are needed.
 
-        Sets `infos`, an INFO for each pair. Raises UserError for a pair that is broken, and if every mask is empty or
-        every mask is full.
+        Sets `infos`, `notes` and `rule`. Raises UserError for a pair that is broken, for foreground_values that no mask
+        holds, and if every mask is empty or every mask is full.
         """
+        self.rule, self.chosen = rule, foreground_values
         keys = [(image.name, mask.name, *_stamp(image), *_stamp(mask)) for image, mask in self.pairs]
         self.infos = self.cache_file = None
         if cache_dir is not None:
@@ -343,7 +226,7 @@ class CarvanaDataset(Dataset):
             except OSError as error:
                 tqdm.write(f"No cache in {cache_dir} ({error}): every epoch decodes the photos again.")
         if self.infos is None:
-            self.infos = self._decode_all(keys, {}, None)
+            self.infos = np.array([row[1] for row in self._decode_all(keys, {}, None)], INFO)
         for state, value in (("empty", 0), ("full", 1)):
             if (self.infos["foreground"] == value).all():
                 raise UserError(
@@ -355,20 +238,25 @@ class CarvanaDataset(Dataset):
         """Finds or builds the file for these keys and serves from it; raises OSError where it cannot be written."""
         cache_dir.mkdir(parents=True, exist_ok=True)
         place = cache_dir / _digest(DECODER, self.size, str(self.image_dir.resolve()), str(self.mask_dir.resolve()))
-        data = place.with_name(f"{place.name}-{_digest(keys)}.samples")
+        given = self.rule and asdict(self.rule)
+        data = place.with_name(f"{place.name}-{_digest(keys, given, self.chosen)}.samples")
         with FileLock(place.with_suffix(".lock")):  # of several processes one builds and the others wait
-            if (rows := self._read_index(data)) is None:
+            if (index := self._read_index(data)) is None:
                 self._build(place, data, keys)
-                rows = self._read_index(data)
+                index = self._read_index(data)
             self.cache_file = data
             self._map_cache()
-            return np.array([tuple(info) for _, info in rows], INFO)
+        self.rule, rows = index
+        self.notes = [note for _, _, note in rows]
+        return np.array([info for _, info, _ in rows], INFO)
 
-    def _read_index(self, data: Path) -> list | None:
-        """The (key, info) of each row of a cache file, or None if the file is not there or not whole."""
+    def _read_index(self, data: Path) -> tuple[Rule, list] | None:
+        """A cache file's rule and the (key, info, note) of each row, or None if the file is not there or not whole."""
         try:
-            rows = json.loads(data.with_suffix(".json").read_text())
-            return rows if data.stat().st_size == len(rows) * self._sample_bytes else None
+            index = json.loads(data.with_suffix(".json").read_text())
+            rows = [(tuple(key), tuple(info), Note(**note)) for key, info, note in index["rows"]]
+            is_whole = data.stat().st_size == len(rows) * self._sample_bytes
+            return (rule_from(index["rule"]), rows) if is_whole else None
         except (OSError, ValueError):
             return None
 
@@ -381,18 +269,18 @@ class CarvanaDataset(Dataset):
         older = [path for path in place.parent.glob(f"{place.name}-*.samples") if path != data]
         known = {}
         for path in older:
-            for row, (key, info) in enumerate(self._read_index(path) or []):
-                known[tuple(key)] = path, row, info
+            rule, rows = self._read_index(path) or (None, [])
+            known |= {key: (path, row, info, note, rule) for row, (key, info, note) in enumerate(rows)}
 
         needed, free = len(self) * self._sample_bytes, shutil.disk_usage(place.parent).free
         if needed > free:
             raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         tqdm.write(f"Caching {len(self)} pairs of {self.image_dir} in {place.parent}: {needed / 1e6:.1f} MB.")
         with written_whole(data) as temporary, temporary.open("wb") as file:
-            infos = self._decode_all(keys, known, file)
+            rows = [(key, info, asdict(note)) for key, info, note in self._decode_all(keys, known, file)]
             os.fsync(file.fileno())
             with written_whole(data.with_suffix(".json")) as index:
-                index.write_text(json.dumps(list(zip(keys, infos.tolist(), strict=True))))
+                index.write_text(json.dumps({"rule": asdict(self.rule), "rows": rows}))
         for path in older:
             with suppress(OSError):  # on Windows a file that another run reads cannot be deleted
                 path.unlink()
@@ -402,28 +290,64 @@ class CarvanaDataset(Dataset):
     def _sample_bytes(self) -> int:
         return self.size[0] * self.size[1] * 4
 
-    def _decode_all(self, keys: list[tuple], known: dict[tuple, tuple], file: BinaryIO | None) -> np.ndarray:
-        """Reads every sample, from an older cache if `known` has its key, and appends it to `file`; returns infos."""
+    def _decode_all(self, keys: list[tuple], known: dict[tuple, tuple], file: BinaryIO | None) -> list[tuple]:
+        """Reads every sample, from an older cache if `known` has its key, and writes it to `file`. Settles the rule.
 
-        def read(row: int) -> tuple[bytes, tuple]:
-            if keys[row] in known:
-                path, old_row, info = known[keys[row]]
-                return np.fromfile(path, np.uint8, self._sample_bytes, offset=old_row * self._sample_bytes), tuple(info)
-            image, mask, own_size = read_sample(*self.pairs[row], self.size)
-            border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
-            info = (*own_size, float(mask.mean()), float(border.mean()), zlib.crc32(image))
-            return image.tobytes() + mask.tobytes(), info
+        Returns the (key, info, note) of each.
+        """
 
-        infos = []
+        def read(row: int, rule: Rule | None) -> tuple[bytes, tuple, Note]:
+            image, mask, own_size, note = read_sample(*self.pairs[row], self.size, rule)
+            return image.tobytes() + mask.tobytes(), info_of(image, mask, own_size), note
+
+        def first(row: int) -> tuple[bytes, tuple, Note, Rule]:
+            if keys[row] not in known:
+                sample, info, note = read(row, self.rule)
+                return sample, info, note, self.rule or Rule.of([note])
+            path, old_row, info, note, rule = known[keys[row]]
+            start = old_row * self._sample_bytes
+            return np.fromfile(path, np.uint8, self._sample_bytes, offset=start).tobytes(), info, note, rule
+
+        rows, rules = [], []
         progress = tqdm(total=len(self), desc="reading", unit="pair", disable=None)
         with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
-            for future in in_threads(pool, 8 * NUM_THREADS, read, zip(range(len(self)))):
-                sample, info = future.result()
-                infos.append(info)
+            for key, future in zip(keys, in_threads(pool, 8 * NUM_THREADS, first, zip(range(len(self)))), strict=True):
+                sample, info, note, rule = future.result()
+                rows.append((key, info, note))
+                rules.append(rule)
                 if file is not None:
                     file.write(sample)
                 progress.update()
-        return np.array(infos, INFO)
+            self.notes = [note for _, _, note in rows]
+            self.rule = self.rule or self._settled()
+            again = [
+                (row, self.rule)
+                for row, (note, rule) in enumerate(zip(self.notes, rules, strict=True))
+                if rule.meaning(note) != self.rule.meaning(note)
+            ]
+            for (row, _), future in zip(again, in_threads(pool, 8 * NUM_THREADS, read, again), strict=True):
+                sample, info, note = future.result()
+                rows[row] = keys[row], info, note
+                if file is not None:
+                    file.seek(row * self._sample_bytes)
+                    file.write(sample)
+        return rows
+
+    def _settled(self) -> Rule:
+        """The rule that the notes make. Raises UserError."""
+        values = sorted({value for note in self.notes for value, _ in note.values or []})
+        if missing := set(self.chosen or ()) - set(values):
+            raise UserError(
+                f"FOREGROUND_VALUES: {', '.join(f'{value:g}' for value in sorted(missing))} is in no mask of "
+                f"{self.mask_dir}: choose from {', '.join(f'{value:g}' for value in values) or 'labels, it has none'}"
+            )
+        rule = Rule.of(self.notes, self.chosen)
+        if rule.low is not None and rule.low == rule.high:
+            raise UserError(
+                f"{self.image_dir}: its photos with more than 8 bits a channel hold nothing but {rule.low:g}: export "
+                "them again"
+            )
+        return rule
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -444,6 +368,24 @@ def car_of(image: Path) -> str | None:
     """Carvana's name of the car: 00087a6bd4dc_01.jpg -> 00087a6bd4dc; None for a photo that is named otherwise."""
     match = re.fullmatch(r"([0-9a-f]{12})_\d\d", image.stem)
     return match[1] if match else None
+
+
+def describe_rule(data: CarvanaDataset) -> list[str]:
+    """What the values of the files mean, a line for each thing that is not plain."""
+    rule, lines = data.rule, []
+    if rule.low is not None:
+        lines.append(f"photos with more than 8 bits a channel: {rule.low:g} becomes 0, {rule.high:g} becomes 255")
+    shares = value_shares(data.notes)
+    foreground = [value for value in sorted(shares) if value and not (rule.has_void and value == 255)]
+    if rule.is_labels and len(foreground) > 1:
+        listed = ", ".join(f"{value:g} ({100 * shares[value]:.1f} %)" for value in foreground)
+        chosen = "all are foreground; FOREGROUND_VALUES chooses"
+        if rule.chosen is not None:
+            chosen = f"foreground is {', '.join(f'{value:g}' for value in rule.chosen)}"
+        lines.append(f"values of the masks: {listed}: {chosen}")
+    if rule.has_void:
+        lines.append(f"void (255) in the masks: {100 * data.infos['void'].mean():.1f} %, which counts for nothing")
+    return lines
 
 
 def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
@@ -467,6 +409,7 @@ def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
         lines.append(
             f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter (split_data.py)"
         )
+    lines[3:3] = describe_rule(train)
     known = set(train.infos["checksum"].tolist())
     copies = [image for (image, _), info in zip(val.pairs, val.infos, strict=True) if int(info["checksum"]) in known]
     if copies:

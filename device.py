@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
-from dataset import UserError
+from decoding import VOID, UserError
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,8 +42,12 @@ class Device:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def to(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """A loader's batch of uint8 on the device, float32: images (N, 3, H, W), normalised, and masks (N, 1, H, W)."""
-        return self.normalised(images), self._sent(masks).float().unsqueeze(1)
+        """A loader's batch of uint8 on the device, float32: images (N, 3, H, W), normalised, and masks (N, 1, H, W).
+
+        Masks are 1 on the foreground, 0 on the background, and nan where they are void.
+        """
+        masks = self._sent(masks).unsqueeze(1)
+        return self.normalised(images), masks.float().masked_fill_(masks == VOID, math.nan)
 
     def normalised(self, images: Tensor) -> Tensor:
         """The network's input: images uint8 (N, H, W, 3) -> (RGB / 255 - mean) / std, float32 (N, 3, H, W).

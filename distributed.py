@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dataset import UserError
+from decoding import UserError
 
 # torchrun's names: this process and how many there are, the same on its machine, and how often torchrun restarted it.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

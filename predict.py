@@ -30,19 +30,8 @@ from torch import nn
 from tqdm import tqdm
 
 import utils
-from dataset import (
-    NUM_THREADS,
-    SUFFIXES,
-    UserError,
-    enlarge,
-    find_masks,
-    in_threads,
-    large_ones_wait,
-    read_image,
-    read_mask,
-    resize,
-    stem_of,
-)
+from dataset import NUM_THREADS, SUFFIXES, find_masks, in_threads, large_ones_wait, stem_of
+from decoding import VOID, Rule, UserError, decode_mask, enlarge, read_image, resize, rule_from
 from device import Device, choose_device, memory_errors
 from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
 from model import UNet
@@ -71,12 +60,14 @@ class Photo:
 class Predictor(nn.Module):
     """A trained network and its preprocessing: uint8 RGB (N, H, W, 3) -> logits, float32 (N, H, W), both in numpy.
 
-    `size` is the (height, width) at which it was trained.
+    `size` is the (height, width) at which it was trained, `rule` what files mean, `photo_size` the (height, width) of
+    the photos that it was trained on.
     """
 
     def __init__(self, checkpoint: dict, device: Device) -> None:
         super().__init__()
         self.size = checkpoint["preprocessing"]["height"], checkpoint["preprocessing"]["width"]
+        self.rule, self.photo_size = rule_from(checkpoint["rule"]), checkpoint["photo_size"]
         self.network = UNet(**checkpoint["model"]).eval()
         self.network.load_state_dict(checkpoint["state_dict"])
         self.network.fold_batch_norm()
@@ -297,9 +288,9 @@ def find_photos(inputs: list[str], mask_dir: Path | None) -> list[Photo]:
     return photos
 
 
-def decode(photo: Photo, size: tuple[int, int] | None) -> tuple[Photo, np.ndarray]:
+def decode(photo: Photo, size: tuple[int, int] | None, rule: Rule | None) -> tuple[Photo, np.ndarray]:
     with large_ones_wait(photo.path):
-        return photo, read_image(photo.path, size)
+        return photo, read_image(photo.path, size, rule)
 
 
 def without_failures(futures: Iterable[Future], failures: list[str]) -> Iterator:
@@ -329,31 +320,31 @@ def run_network(model: Predictor, decoded: Iterator, batch_size: int, args: argp
             yield photo, image, photo_logits
 
 
-def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, args: argparse.Namespace) -> tuple:
+def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, rule: Rule | None, args: argparse.Namespace) -> tuple:
     """Writes all that is asked for, from the network's input, uint8 (h, w, 3), and output, float32 (h, w).
 
     Returns the photo, its scores and its run lengths, the last two where they are asked for.
     """
     with large_ones_wait(photo.path):
-        full = image if args.tile and not args.size else read_image(photo.path)
+        full = image if args.tile and not args.size else read_image(photo.path, None, rule)
         prediction = Prediction(full, enlarge(logits, image, full), args)
         runs = rle_encode(prediction.mask) if args.submission else None
         for kind in args.outputs:
             write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
-        scores = score(prediction.mask, photo.mask) if photo.mask else None
+        scores = score(prediction.mask, photo.mask, rule) if photo.mask else None
     return photo, scores, runs
 
 
-def boundary_f1(prediction: np.ndarray, mask: np.ndarray) -> float:
-    """F1 of two masks' boundaries, uint8 (H, W) that are foreground where they are not 0; 1 where both have none.
+def boundary_f1(prediction: np.ndarray, mask: np.ndarray, known: np.ndarray) -> float:
+    """F1 of two masks' boundaries, bool (H, W), as far as they are `known`, bool (H, W); 1 where both have none.
 
     Precision is the share of the predicted boundary that lies within 0.75 % of the diagonal (17 pixels of a Carvana
     photo) of the true one, recall the reverse: Csurka, Larlus, Perronnin and Meylan, "What is a good evaluation measure
     for semantic segmentation?", BMVC 2013.
     """
     tolerance = 0.0075 * np.hypot(*mask.shape)
-    masks = ((pixels > 0).astype(np.uint8) for pixels in (prediction, mask))
-    outlines = [pixels - cv2.erode(pixels, np.ones((3, 3), np.uint8)) for pixels in masks]
+    masks = (pixels.astype(np.uint8) for pixels in (prediction, np.where(known, mask, prediction)))
+    outlines = [(pixels - cv2.erode(pixels, np.ones((3, 3), np.uint8))) * known for pixels in masks]
     if not all(outline.any() for outline in outlines):
         return float(not any(outline.any() for outline in outlines))
     x, y, width, height = cv2.boundingRect(outlines[0] | outlines[1])
@@ -366,17 +357,16 @@ def boundary_f1(prediction: np.ndarray, mask: np.ndarray) -> float:
     return float(2 * precision * recall / max(precision + recall, 1e-9))
 
 
-def score(mask: np.ndarray, path: Path) -> dict[str, float]:
+def score(mask: np.ndarray, path: Path, rule: Rule | None) -> dict[str, float]:
     """Scores of a mask, uint8 (H, W) in {0, 255}, against the true one in a file. Raises UserError if sizes differ."""
-    true_mask = read_mask(path)
+    true_mask = decode_mask(path, None, rule)[0]
     if true_mask.shape != mask.shape:
         sizes = [f"{width} x {height}" for height, width in (true_mask.shape, mask.shape)]
         raise UserError(f"{path} is {sizes[0]}, but its photo {sizes[1]}: make the mask again at that size")
-    tp, predicted, foreground = map(cv2.countNonZero, (mask & true_mask, mask, true_mask))
-    fp, fn = predicted - tp, foreground - tp
-    counts = torch.tensor((tp, fp, fn, mask.size - tp - fp - fn), dtype=torch.float64)
-    scores = {name: value.item() for name, value in utils.image_scores(*counts).items()}
-    return scores | {"boundary_f1": boundary_f1(mask, true_mask)}
+    pixels = mask > 0, true_mask == 1, true_mask != VOID
+    counts = utils.confusion(*(torch.from_numpy(part)[None] for part in pixels))
+    scores = {name: value.item() for name, value in utils.image_scores(*(part.double() for part in counts)).items()}
+    return scores | {"boundary_f1": boundary_f1(*pixels)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,6 +420,14 @@ def load_network(args: argparse.Namespace) -> Predictor:
     multiple = 4 * model.network.multiple  # tiles are shifted by quarters, which every stage must halve
     if args.tile is not None and (args.tile < multiple or args.tile % multiple):
         raise UserError(f"--tile is {args.tile}: set it to a multiple of {multiple}, such as {8 * multiple}")
+    if args.tile and not args.size and model.photo_size:
+        wanted = [trained / own for trained, own in zip(model.size, model.photo_size, strict=True)]
+        if not all(2 / 3 <= scale <= 3 / 2 for scale in wanted):
+            raise UserError(
+                f"--tile without --size shows the network photos {1 / wanted[0]:.1f} times as high and "
+                f"{1 / wanted[1]:.1f} times as wide as in training: add --size {model.size[0]} {model.size[1]}, or for "
+                "other photos what reduces them alike"
+            )
     if args.size or args.tile:
         model.size = args.size and tuple(args.size)  # None leaves photos as they are
     return model
@@ -454,9 +452,9 @@ def predict_all(
     threads, depth = (1, 1) if args.tile else (THREADS, THREADS + batch_size)  # photos for tiles are large: no queue
     bar = utils.progress(total=len(photos), desc="predicting", unit="photo")
     with ThreadPoolExecutor(threads) as pool, bar:
-        decoded = in_threads(pool, depth, decode, ((photo, model.size) for photo in photos))
+        decoded = in_threads(pool, depth, decode, ((photo, model.size, model.rule) for photo in photos))
         logits = run_network(model, without_failures(decoded, failures), batch_size, args)
-        finished = in_threads(pool, depth, finish, ((*item, args) for item in logits))
+        finished = in_threads(pool, depth, finish, ((*item, model.rule, args) for item in logits))
         for photo, row, runs in without_failures(finished, failures):
             if row:
                 scores.append({"photo": str(photo.path)} | {name: row[name] for name in SCORES})

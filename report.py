@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import NUM_THREADS, CarvanaDataset, UserError, describe
+from dataset import NUM_THREADS, CarvanaDataset, describe
+from decoding import VOID, UserError
 from utils import confusion, dice_scores, save_grid, save_predictions_as_imgs, saving
 
 # Colours that colour-blind people can tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color/
@@ -92,15 +93,16 @@ class Report:
     def _draw_batch(self, batch: int, first: int, probabilities: Tensor, predictions: Tensor) -> None:
         probabilities, predictions = probabilities[:, 0].cpu().numpy(), predictions[:, 0].cpu().numpy()
         images, masks = zip(*(self.data.sample(first + offset) for offset in range(len(predictions))), strict=True)
-        masks = np.stack(masks) > 0
-        save_predictions_as_imgs(predictions, masks, batch, self.folder)
-        dice = dice_scores(*confusion(torch.from_numpy(predictions), torch.from_numpy(masks))[:3]).tolist()
+        masks, voids = np.stack(masks) == 1, np.stack(masks) == VOID
+        save_predictions_as_imgs(predictions, np.where(voids, np.uint8(128), masks * np.uint8(255)), batch, self.folder)
+        dice = dice_scores(*confusion(*map(torch.from_numpy, (predictions, masks, ~voids)))[:3]).tolist()
         tiles = []
-        for offset, (image, mask, prediction) in enumerate(zip(images, masks, predictions, strict=True)):
-            layer = errors(mask, prediction)
+        for offset, (image, mask, void, prediction) in enumerate(zip(images, masks, voids, predictions, strict=True)):
+            layer = errors(mask, prediction, void)
             tiles.append(label(laid_over(image, layer), f"{dice[offset]:.4f}"))
             if first + offset in self.pictures:
-                self.pictures[first + offset] = page_pictures(image, mask, prediction, layer, probabilities[offset])
+                truth = mask | hatched(void)
+                self.pictures[first + offset] = page_pictures(image, truth, prediction, layer, probabilities[offset])
         save_grid(np.stack(tiles), self.folder / f"overlay_{batch}.png")
 
     def _draw_run(self, batches: int, history: list[dict], photo_dice: list[list[float]], before: list[Future]) -> None:
@@ -126,8 +128,17 @@ class Report:
 # Pictures
 
 
-def errors(mask: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Two bool (H, W) -> RGBA uint8 (H, W, 4): true positives, false negatives, false positives, true outline."""
+def hatched(area: np.ndarray) -> np.ndarray:
+    """Diagonal lines in an area, bool (H, W)."""
+    return area & (np.add.outer(*map(np.arange, area.shape)) % 6 < 2)
+
+
+def errors(mask: np.ndarray, prediction: np.ndarray, void: np.ndarray) -> np.ndarray:
+    """Three bool (H, W) -> RGBA uint8 (H, W, 4): true positives, false negatives, false positives, true outline.
+
+    What is void is hatched.
+    """
+    prediction = prediction & ~void
     layer = np.zeros((*mask.shape, 4), np.uint8)
     for where, colour, alpha in (
         (mask & prediction, TRUE_POSITIVE, 100),
@@ -135,7 +146,7 @@ def errors(mask: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         (~mask & prediction, FALSE_POSITIVE, 200),
     ):
         layer[where] = *colour, alpha
-    layer[outline(mask)] = 255
+    layer[outline(mask) | hatched(void)] = 255
     return layer
 
 
@@ -161,7 +172,7 @@ def label(tile: np.ndarray, text: str) -> np.ndarray:
 def save_train_batch(images: Tensor, masks: Tensor, path: Path) -> None:
     """Saves a batch as augmentation leaves it, uint8 (N, H, W, 3) and (N, H, W), with the masks outlined."""
     tiles = images.numpy().copy()
-    for tile, mask in zip(tiles, masks.numpy() > 0, strict=True):
+    for tile, mask in zip(tiles, masks.numpy() == 1, strict=True):
         tile[outline(mask)] = 255, 230, 0  # yellow
     save_grid(tiles, path)
 

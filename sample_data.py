@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from dataset import UserError
+from decoding import UserError
 
 VIEWS = 16  # photos of a car, 22.5 degrees apart
 HEIGHT, WIDTH = 1280, 1918  # of a photo in pixels, as in Carvana

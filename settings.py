@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from dataset import UserError
+from decoding import UserError
 from distributed import WORLD_SIZE
 from model import size_multiple
 
@@ -33,7 +33,7 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     source = Path(constants["__file__"])
     lines = re.findall(r"^([A-Z_]+)(: .*None)? = .*?  # (.*)$", source.read_text(encoding="utf-8"), re.MULTILINE)
     comments = {name: comment for name, _, comment in lines}
-    may_be_none = {name.lower() for name, annotation, _ in lines if annotation}
+    may_be_none = {name.lower(): annotation for name, annotation, _ in lines if annotation}
     parser = Parser(source.name, description=constants["__doc__"].splitlines()[0], allow_abbrev=False)
     for name, default in constants.items():
         if not name.isupper() or isinstance(default, ModuleType):
@@ -44,8 +44,8 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
         options = {"default": default, "help": f"{comments.get(name, '')} [{shown}]".replace("%", "%%")}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, tuple):
-            options |= {"type": type((*default, 0)[0]), "nargs": "+", "metavar": "N"}
+        elif isinstance(default, tuple) or "tuple" in may_be_none.get(name.lower(), ""):
+            options |= {"type": type((*(default or ()), 0)[0]), "nargs": "+", "metavar": "N"}
         else:
             options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
         parser.add_argument("--" + name.lower().replace("_", "-"), **options)
@@ -79,6 +79,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
         ("image_height", int, side, f"a whole number, at least {max(16, multiple)}"),
         ("image_width", int, side, f"a whole number, at least {max(16, multiple)}"),
+        ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)), "labels, such as 1 2, or to None"),
         ("num_epochs", int, lambda v: v >= 1, "a whole number, at least 1"),
         ("accumulation", int, lambda v: v >= 1, "a whole number, at least 1"),
         ("batch_size", int, lambda v: v >= 1 and v % parts == 0, f"a whole number, {parts_of_batch}"),

@@ -21,7 +21,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from dataset import SUFFIXES, UserError, car_of, find_pairs, read_sample, written_whole
+from dataset import SUFFIXES, car_of, find_pairs, read_sample, written_whole
+from decoding import UserError
 from distributed import run
 from settings import Parser
 

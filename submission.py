@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import UserError
+from decoding import UserError
 from settings import check_writable
 from utils import saving
 

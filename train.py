@@ -25,7 +25,8 @@ from tqdm import tqdm
 import augmentation
 import distributed
 import utils
-from dataset import CarvanaDataset, UserError, describe
+from dataset import CarvanaDataset, describe
+from decoding import Rule, UserError, rule_from
 from device import Device, choose_device, choose_num_workers, compiled_and_parallel, memory_errors, tune
 from model import UNet
 from optimizer import Muon, muon_groups
@@ -38,6 +39,7 @@ TRAIN_IMG_DIR = "data/train_images"
 TRAIN_MASK_DIR = "data/train_masks"
 VAL_IMG_DIR = "data/val_images"
 VAL_MASK_DIR = "data/val_masks"
+FOREGROUND_VALUES: tuple[int, ...] | None = None  # of masks with several labels, the foreground's; None takes all but 0
 CACHE_DIR: str | None = "data/cache"  # for decoded photos, 4 bytes a pixel; None decodes them in every epoch
 
 # The network, and the size at which it sees photos. Larger finds finer edges; time and memory grow with the area.
@@ -86,8 +88,13 @@ def make_augmentation() -> list[tuple[float, augmentation.Step]]:
 
 
 def image_losses(logits: Tensor, masks: Tensor) -> Tensor:
-    """The loss of each image, (N,), in training and in validation: float32 logits and masks (N, 1, H, W)."""
-    return nn.functional.binary_cross_entropy_with_logits(logits, masks, reduction="none").flatten(1).mean(1)
+    """The loss of each image, (N,), in training and in validation: float32 logits and masks (N, 1, H, W).
+
+    It is the mean over the pixels that are known: masks are nan where they are void.
+    """
+    known = ~masks.isnan()
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, masks.nan_to_num(), reduction="none") * known
+    return losses.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
 
 
 def schedule(progress: float) -> float:
@@ -306,15 +313,18 @@ def save(s: SimpleNamespace, header: dict, state: State, writer: utils.Checkpoin
     writer.save(files)
 
 
-def load_data(s: SimpleNamespace, device: Device) -> tuple[DataLoader, DataLoader]:
-    """The loaders of both sets. Raises UserError where anything is wrong with photos or masks."""
+def load_data(s: SimpleNamespace, device: Device, rule: Rule | None) -> tuple[DataLoader, DataLoader]:
+    """The loaders of both sets, read by the checkpoint's rule or else by what the training files mean together.
+
+    Raises UserError where anything is wrong with photos or masks.
+    """
     with distributed.main_process_first():
         use_sample_if_empty(s)
     size = s.image_height, s.image_width
     train_set = CarvanaDataset(Path(s.train_img_dir), Path(s.train_mask_dir), size, make_augmentation(), s.seed)
     val_set = CarvanaDataset(Path(s.val_img_dir), Path(s.val_mask_dir), size)
-    for data in (train_set, val_set):
-        data.prepare(s.cache_dir)
+    train_set.prepare(s.cache_dir, rule, s.foreground_values)
+    val_set.prepare(s.cache_dir, train_set.rule)
     print(describe(train_set, val_set))
     workers = choose_num_workers(s.num_workers, device)
     return utils.get_loaders(train_set, val_set, s.batch_size, workers, device.device.type == "cuda", s.seed)
@@ -327,7 +337,7 @@ def train(s: SimpleNamespace) -> None:
     # Of several machines' torchruns only the one whose process has died counts the restart
     is_restart = distributed.all_reduce_max(distributed.RESTARTS) > 0
     checkpoint = distributed.broadcast_object(utils.checkpoint_to_continue, s, is_restart)
-    train_loader, val_loader = load_data(s, device)
+    train_loader, val_loader = load_data(s, device, rule_from(checkpoint and checkpoint["rule"]))
     train_set, val_set = train_loader.dataset, val_loader.dataset
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set))
     header = utils.checkpoint_header(state.model, s, train_set, val_set)

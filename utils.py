@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,17 +21,8 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 import distributed
-from dataset import (
-    NUM_THREADS,
-    CarvanaDataset,
-    UserError,
-    enlarge,
-    in_threads,
-    large_ones_wait,
-    read_image,
-    read_mask,
-    written_whole,
-)
+from dataset import NUM_THREADS, CarvanaDataset, in_threads, large_ones_wait, written_whole
+from decoding import VOID, UserError, decode_mask, enlarge, read_image
 from device import Device
 from model import UNet
 
@@ -194,7 +186,7 @@ def restore_previous(path: Path) -> None:
         previous.replace(path)
 
 
-FORMAT = 2  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
+FORMAT = 3  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
 
 
 def checkpoint_header(model: UNet, s: SimpleNamespace, train_set: CarvanaDataset, val_set: CarvanaDataset) -> dict:
@@ -203,6 +195,8 @@ def checkpoint_header(model: UNet, s: SimpleNamespace, train_set: CarvanaDataset
         "format": FORMAT,
         "model": model.config,
         "preprocessing": {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std},
+        "rule": asdict(train_set.rule),
+        "photo_size": [int(np.median(train_set.infos[name])) for name in ("height", "width")],
         "settings": vars(s),
         "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
     }
@@ -211,6 +205,7 @@ def checkpoint_header(model: UNet, s: SimpleNamespace, train_set: CarvanaDataset
 def _upgraded(checkpoint: dict) -> dict:
     """A checkpoint of any format as one of today's."""
     lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0), "optimizer_name": "Muon"}
+    lacking |= {"rule": None, "photo_size": None}
     return lacking | checkpoint
 
 
@@ -259,7 +254,7 @@ def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
     if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
         raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
     before = vars(s) | checkpoint["settings"]  # an older checkpoint lacks newer settings
-    fixed = ("features", "image_height", "image_width", "mean", "std")
+    fixed = ("features", "image_height", "image_width", "mean", "std", "foreground_values")
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
         raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
     if checkpoint["epoch"] >= s.num_epochs:
@@ -306,11 +301,14 @@ def _damage(path: Path) -> str | None:
 # Metrics
 
 
-def confusion(predictions: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two bool (N, ...) -> true positives, false positives, false negatives, true negatives per image, int64 (N,)."""
-    predictions, masks = predictions.flatten(1), masks.flatten(1)
+def confusion(predictions: Tensor, masks: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Three bool (N, ...) -> true positives, false positives, false negatives, true negatives per image, int64 (N,).
+
+    Only pixels that are `known`, not void, count.
+    """
+    predictions, masks, known = ((part & known).flatten(1) for part in (predictions, masks, known))
     hits, predicted, wanted = (predictions & masks).sum(1), predictions.sum(1), masks.sum(1)
-    return hits, predicted - hits, wanted - hits, masks.shape[1] - predicted - wanted + hits
+    return hits, predicted - hits, wanted - hits, known.sum(1) - predicted - wanted + hits
 
 
 def dice_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
@@ -332,7 +330,7 @@ def image_scores(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> dict[str, Te
     It needs a value for images without foreground, too: one nan makes the mean nan.
     """
     return {
-        "pixel_accuracy": (tp + tn) / (tp + fp + fn + tn),
+        "pixel_accuracy": torch.where(tp + fp + fn + tn == 0, 1.0, (tp + tn) / (tp + fp + fn + tn)),
         "dice": dice_scores(tp, fp, fn),
         "iou": iou_scores(tp, fp, fn),
     }
@@ -354,8 +352,9 @@ def full_size_dice(loader: Loader, model: nn.Module, device: Device) -> float:
     def dice(index: int, logits: np.ndarray) -> float:
         image_path, mask_path = data.pairs[index]
         with large_ones_wait(image_path):
-            prediction = enlarge(logits, data.sample(index)[0], read_image(image_path)) > 0.5
-            counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(read_mask(mask_path) > 0)[None])
+            prediction = enlarge(logits, data.sample(index)[0], read_image(image_path, None, data.rule)) > 0.5
+            mask = decode_mask(mask_path, None, data.rule)[0]
+            counts = confusion(*(torch.from_numpy(part)[None] for part in (prediction, mask == 1, mask != VOID)))
         return image_scores(*counts)["dice"].item()
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -392,7 +391,7 @@ def check_accuracy(
             both = torch.cat((logits.float(), masks), dim=1)[:mine]
             logits, masks = distributed.all_gather(both, len(indices)).split(1, dim=1)
             losses.append(image_losses(logits, masks))
-            counts.append(torch.stack(confusion(logits > 0, masks > 0)))  # sigmoid(logits) > 0.5
+            counts.append(torch.stack(confusion(logits > 0, masks > 0, ~masks.isnan())))  # sigmoid(logits) > 0.5
             if show:
                 show(logits)
             if len(losses) % 10 == 1:
@@ -417,9 +416,9 @@ def check_accuracy(
 
 
 def save_predictions_as_imgs(predictions: np.ndarray, masks: np.ndarray, batch: int, folder: Path) -> None:
-    """Saves a batch's predictions as pred_<batch>.png and the true masks as <batch>.png, both bool (N, H, W)."""
-    for name, pictures in ((f"pred_{batch}.png", predictions), (f"{batch}.png", masks)):
-        save_grid(pictures * np.uint8(255), folder / name)
+    """Saves a batch's predictions, bool (N, H, W), as pred_<batch>.png, and true masks, uint8, as <batch>.png."""
+    save_grid(predictions * np.uint8(255), folder / f"pred_{batch}.png")
+    save_grid(masks, folder / f"{batch}.png")
 
 
 def save_grid(pictures: np.ndarray, path: Path) -> None:

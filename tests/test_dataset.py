@@ -13,7 +13,8 @@ from PIL import Image
 import augmentation
 import train
 import utils
-from dataset import CarvanaDataset, UserError, find_pairs, read_image, read_mask, read_sample
+from dataset import CarvanaDataset, find_pairs, read_sample
+from decoding import VOID, Rule, UserError, decode_mask, read_image, read_mask
 
 
 def photo_and_mask(height: int = 40, width: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -61,9 +62,6 @@ MASK_KINDS = {
     "white-on-transparent.png": white_on_transparent,
     "grey-alpha.png": lambda m: Image.fromarray(np.dstack((np.full_like(m, 255), m * 255)), "LA"),
     "voc-palette.png": lambda m: palette_image(m, {0: (0, 0, 0), 1: (128, 0, 0)}),
-    "labels-and-void.png": lambda m: Image.fromarray(
-        np.where(m & (np.indices(m.shape)[1] > 25), 255, m).astype(np.uint8)
-    ),
     "voc-dark-class.png": lambda m: palette_image(m, {0: (0, 0, 0), 8: (64, 0, 0)}),
     "anti-aliased.png": lambda m: Image.fromarray(cv2.GaussianBlur(m * 255, (3, 3), 0)),
 }
@@ -83,14 +81,15 @@ def test_every_kind_of_mask_becomes_the_same_array(kind, tmp_path):
         np.testing.assert_array_equal(found, mask)
 
 
-def test_a_voc_mask_takes_every_class_and_the_border(tmp_path):
+def test_a_voc_mask_takes_every_class_and_the_border_is_void(tmp_path):
     labels = np.array([[0, 1, 8, 255]] * 4, np.uint8)
     image = Image.fromarray(labels, "P")
     palette = np.zeros((256, 3), np.uint8)
     palette[[1, 8, 255]] = (128, 0, 0), (64, 0, 0), (224, 224, 192)
     image.putpalette(palette.tobytes())
     image.save(tmp_path / "voc.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "voc.png"), labels > 0)
+    np.testing.assert_array_equal(read_mask(tmp_path / "voc.png"), [[0, 1, 1, 0]] * 4)
+    np.testing.assert_array_equal(decode_mask(tmp_path / "voc.png", None)[0], [[0, 1, 1, VOID]] * 4)
 
 
 @pytest.mark.parametrize("value", [0, 1])
@@ -150,7 +149,8 @@ def test_grey_and_16_bit_photos_become_rgb(tmp_path):
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     for name in ("grey.png", "deep.png"):
-        np.testing.assert_array_equal(read_image(tmp_path / name), np.dstack([grey] * 3))
+        found = read_image(tmp_path / name, None, Rule(low=0, high=65535))
+        np.testing.assert_array_equal(found, np.dstack([grey] * 3))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -191,7 +191,7 @@ def test_a_turned_photo_pairs_with_a_turned_or_an_upright_mask(tmp_path):
     Image.fromarray(mask * 255).transpose(turned).save(tmp_path / "turned.png", exif=exif)
     Image.fromarray(mask * 255).transpose(turned).save(tmp_path / "wrong.png")
     for name in ("upright.png", "turned.png"):
-        _, found, size = read_sample(tmp_path / "photo.jpg", tmp_path / name, (40, 60))
+        _, found, size, _ = read_sample(tmp_path / "photo.jpg", tmp_path / name, (40, 60))
         assert size == (40, 60)
         np.testing.assert_array_equal(found, mask)
     with pytest.raises(UserError, match=r"wrong\.png is 40 x 60 pixels"):
@@ -225,7 +225,7 @@ def test_masks_pair_by_stem(image_name, mask_name, tmp_path):
     assert find_pairs(tmp_path / "images", tmp_path / "masks") == [
         (tmp_path / "images" / image_name, tmp_path / "masks" / mask_name)
     ]
-    image, mask, size = read_sample(tmp_path / "images" / image_name, tmp_path / "masks" / mask_name, (20, 30))
+    image, mask, size, _ = read_sample(tmp_path / "images" / image_name, tmp_path / "masks" / mask_name, (20, 30))
     assert image.shape == (20, 30, 3) and mask.shape == (20, 30) and size == (40, 60)
 
 

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset import CarvanaDataset, UserError, find_pairs, read_image, read_mask
+from dataset import CarvanaDataset, find_pairs
+from decoding import UserError, read_image, read_mask
 
 FORMATS = ("jpg", "progressive.jpg", "png", "gif", "bmp", "tif", "webp")
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import CarvanaDataset, describe, read_mask
+from dataset import CarvanaDataset, describe
+from decoding import read_mask
 
 
 def report(cache: Path | None = None) -> list[str]:

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-import dataset
+import decoding
 import distributed
 import predict
 import submission
 import utils
-from dataset import read_mask
+from decoding import read_mask
 from device import Device
 from model import UNet
 
@@ -40,7 +40,7 @@ def photos(project) -> list[Path]:
     model = UNet(3, 1, (8, 16))
     torch.nn.init.normal_(model.head.weight)
     save_network(model)
-    logits = predict.load_model("my_checkpoint_best.pth.tar")(dataset.read_image(found[0], (32, 48))[None])
+    logits = predict.load_model("my_checkpoint_best.pth.tar")(decoding.read_image(found[0], (32, 48))[None])
     torch.nn.init.constant_(model.head.bias, -np.median(logits))
     save_network(model)
     return found[:8]
@@ -146,7 +146,7 @@ def test_enlarging_finds_the_edges_of_the_photo():
     photo = np.repeat(photo.astype(np.uint8)[..., None], 3, 2)
     small = np.asarray(Image.fromarray(photo).resize((60, 40), Image.Resampling.BOX))
     mask = small[..., 0] < 120
-    found = dataset.enlarge(np.where(mask, 8, -8).astype(np.float32), small, photo) > 0.5
+    found = decoding.enlarge(np.where(mask, 8, -8).astype(np.float32), small, photo) > 0.5
     nearest = np.kron(mask, np.ones((8, 8), bool))
     assert (found != truth).sum() < 0.3 * (nearest != truth).sum()
 
@@ -168,7 +168,7 @@ def test_folding_batchnorm_into_convolutions_changes_nothing(photos):
     network = UNet(**checkpoint["model"]).eval()
     network.load_state_dict(checkpoint["state_dict"])
     model = predict.Predictor(checkpoint, Device(torch.device("cpu"), torch.float32))
-    image = dataset.read_image(photos[0], (32, 48))
+    image = decoding.read_image(photos[0], (32, 48))
     mean, std = (np.array(PREPROCESSING[name], np.float32) for name in ("mean", "std"))
     with torch.inference_mode():
         wanted = network(torch.from_numpy((image / np.float32(255) - mean) / std).permute(2, 0, 1)[None])[0, 0]
@@ -177,7 +177,7 @@ def test_folding_batchnorm_into_convolutions_changes_nothing(photos):
 
 def test_tta_does_not_care_which_side_is_left(photos):
     model = predict.load_model("my_checkpoint_best.pth.tar", precision="fp32")
-    image = dataset.read_image(photos[0], (32, 48))[None]
+    image = decoding.read_image(photos[0], (32, 48))[None]
     logits = model(image, tta=True)
     np.testing.assert_allclose(logits, model(image[:, :, ::-1].copy(), tta=True)[:, :, ::-1], atol=1e-4)
     np.testing.assert_allclose(logits, (model(image) + model(image[:, :, ::-1].copy())[:, :, ::-1]) / 2, atol=1e-4)
@@ -316,12 +316,15 @@ def square(*box: int) -> np.ndarray:
 
 
 def test_boundary_f1_by_hand():
+    def f1(prediction: np.ndarray, mask: np.ndarray) -> float:
+        return predict.boundary_f1(prediction > 0, mask > 0, np.ones(mask.shape, bool))
+
     nothing, some = square(0, 0, 0, 0), square(100, 100, 200, 200)
-    assert predict.boundary_f1(some, some) == predict.boundary_f1(nothing, nothing) == 1
-    assert predict.boundary_f1(some, nothing) == predict.boundary_f1(nothing, some) == 0
-    assert predict.boundary_f1(square(103, 100, 203, 200), some) == 1  # 3 pixels off: 0.75 % of the diagonal is 3.75
-    assert predict.boundary_f1(square(0, 300, 50, 399), some) == 0
-    assert 0.4 < predict.boundary_f1(square(100, 100, 200, 210), some) < 1
+    assert f1(some, some) == f1(nothing, nothing) == 1
+    assert f1(some, nothing) == f1(nothing, some) == 0
+    assert f1(square(103, 100, 203, 200), some) == 1  # 3 pixels off: 0.75 % of the diagonal is 3.75
+    assert f1(square(0, 300, 50, 399), some) == 0
+    assert 0.4 < f1(square(100, 100, 200, 210), some) < 1
 
 
 def test_a_mask_without_photo_and_a_photo_without_mask_are_named(photos, capsys):

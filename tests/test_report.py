@@ -31,7 +31,7 @@ def test_errors_have_colours_and_the_truth_an_outline():
     mask = np.zeros((6, 8), bool)
     mask[2:4, 2:5] = True
     prediction = np.roll(mask, 2, axis=1)
-    layer = report.errors(mask, prediction)
+    layer = report.errors(mask, prediction, np.zeros_like(mask))
     assert tuple(layer[2, 4, :3]) == report.TRUE_POSITIVE
     assert tuple(layer[2, 2, :3]) == report.FALSE_NEGATIVE
     assert tuple(layer[2, 6, :3]) == report.FALSE_POSITIVE
@@ -87,7 +87,7 @@ def test_of_many_photos_the_page_shows_some(project, run_train):
 
 def test_large_photos_are_made_smaller_for_the_page():
     image, mask = np.full((700, 960, 3), 90, np.uint8), np.zeros((700, 960), bool)
-    uris = report.page_pictures(image, mask, mask, report.errors(mask, mask), mask.astype(np.uint8))
+    uris = report.page_pictures(image, mask, mask, report.errors(mask, mask, mask & False), mask.astype(np.uint8))
     for uri in uris.values():
         assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == (480, 350)
 

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 import sample_data
-from dataset import find_pairs, read_mask
+from dataset import find_pairs
+from decoding import read_mask
 
 
 def test_layout_is_carvanas(drawn):

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import split_data
-from dataset import UserError, find_pairs
+from dataset import find_pairs
+from decoding import UserError
 
 
 def zip_folder(folder: Path, target: Path, prefix: str = "") -> Path:

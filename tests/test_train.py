@@ -10,7 +10,7 @@ from PIL import Image
 import sample_data
 import train
 import utils
-from dataset import read_mask
+from decoding import read_mask
 from model import UNet
 
 ROOT = Path(train.__file__).parent

@@ -63,7 +63,9 @@ def test_metrics_equal_those_of_scikit_learn(images_and_masks, batch_size):
     ],
 )
 def test_dice_and_iou_by_hand(prediction, mask, dice, iou):
-    tp, fp, fn, tn = utils.confusion(torch.tensor([prediction]).bool(), torch.tensor([mask]).bool())
+    tp, fp, fn, tn = utils.confusion(
+        torch.tensor([prediction]).bool(), torch.tensor([mask]).bool(), torch.ones(1, 4).bool()
+    )
     assert tp + fp + fn + tn == 4
     assert utils.dice_scores(tp, fp, fn).item() == pytest.approx(dice)
     assert utils.iou_scores(tp, fp, fn).item() == pytest.approx(iou)
