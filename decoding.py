@@ -129,7 +129,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether an image that Pillow has just opened has more than 8 bits a channel."""
+    """Whether an image that Pillow has just opened, and not loaded, has more than 8 bits a channel."""
     return image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in image.tile)
 
 
@@ -176,8 +176,8 @@ def decode_image(
 ) -> tuple[np.ndarray, tuple[int, int], list[float] | None]:
     """The image of read_image, its own (height, width), and a Note's `levels`."""
     with opened(path) as image:
-        own_size, levels = _upright_size(image), None
-        if _is_deep(image):
+        is_deep, own_size, levels = _is_deep(image), _upright_size(image), None
+        if is_deep:
             values = _deep_values(image, path)
             levels = _levels(values)
             if rule is None or rule.low is None:
@@ -211,8 +211,8 @@ def decode_mask(
 ) -> tuple[np.ndarray, tuple[int, int], Note]:
     """The mask of read_mask, uint8 (H, W) in {0, 1, VOID}, its own (height, width), and a Note of it."""
     with opened(path) as image:
-        own_size, is_lossy = _upright_size(image), _is_lossy(image, path)
-        if _is_deep(image):
+        is_deep, own_size, is_lossy = _is_deep(image), _upright_size(image), _is_lossy(image, path)
+        if is_deep:
             values = _deep_values(image, path)
             values, codes, counts = np.unique(
                 values.max(2) if values.ndim == 3 else values, return_inverse=True, return_counts=True

@@ -148,8 +148,8 @@ def test_a_photo_that_breaks_while_workers_read_it_is_named(project, monkeypatch
     """Without a cache photos are read in every epoch; the worker's traceback is cut off the sentence."""
     prepare = train.CarvanaDataset.prepare
 
-    def break_afterwards(dataset, cache_dir):
-        prepare(dataset, cache_dir)
+    def break_afterwards(dataset, *args):
+        prepare(dataset, *args)
         truncate(dataset.pairs[3][0], 0.5)
 
     monkeypatch.setattr(train.CarvanaDataset, "prepare", break_afterwards)
