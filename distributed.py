@@ -223,7 +223,7 @@ def run(main: Callable[[], None]) -> None:
     except Stopped as stopped:
         status, wait = 128 + stopped.signal, 0
     except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
-        status = "error: " + str(error).splitlines()[-1].removeprefix("dataset.UserError: ")
+        status = "error: " + str(error).splitlines()[-1].removeprefix("decoding.UserError: ")
         if isinstance(error, Lost):  # the one that was lost may still want to say why
             print(status, file=sys.stderr, flush=True)
             status, wait = 1, 20

@@ -34,6 +34,7 @@ from dataset import NUM_THREADS, SUFFIXES, find_masks, in_threads, large_ones_wa
 from decoding import VOID, Rule, UserError, decode_mask, enlarge, read_image, resize, rule_from
 from device import Device, choose_device, memory_errors
 from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
+from metrics import confusion, image_scores
 from model import UNet
 from settings import Parser, check_ranges, check_writable
 from submission import Submission, check_table, rle_encode
@@ -364,8 +365,8 @@ def score(mask: np.ndarray, path: Path, rule: Rule | None) -> dict[str, float]:
         sizes = [f"{width} x {height}" for height, width in (true_mask.shape, mask.shape)]
         raise UserError(f"{path} is {sizes[0]}, but its photo {sizes[1]}: make the mask again at that size")
     pixels = mask > 0, true_mask == 1, true_mask != VOID
-    counts = utils.confusion(*(torch.from_numpy(part)[None] for part in pixels))
-    scores = {name: value.item() for name, value in utils.image_scores(*(part.double() for part in counts)).items()}
+    counts = confusion(*(torch.from_numpy(part)[None] for part in pixels))
+    scores = {name: value.item() for name, value in image_scores(*(part.double() for part in counts)).items()}
     return scores | {"boundary_f1": boundary_f1(*pixels)}
 
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from dataset import NUM_THREADS, CarvanaDataset, describe
 from decoding import VOID, UserError
-from utils import confusion, dice_scores, save_grid, save_predictions_as_imgs, saving
+from metrics import confusion, dice_scores
+from utils import save_grid, save_predictions_as_imgs, saving
 
 # Colours that colour-blind people can tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color/
 TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (86, 180, 233), (240, 228, 66), (213, 94, 0)

@@ -88,10 +88,7 @@ def make_augmentation() -> list[tuple[float, augmentation.Step]]:
 
 
 def image_losses(logits: Tensor, masks: Tensor) -> Tensor:
-    """The loss of each image, (N,), in training and in validation: float32 logits and masks (N, 1, H, W).
-
-    It is the mean over the pixels that are known: masks are nan where they are void.
-    """
+    """Each image's loss, (N,), from float32 logits and masks (N, 1, H, W), whose void is nan and does not count."""
     known = ~masks.isnan()
     losses = nn.functional.binary_cross_entropy_with_logits(logits, masks.nan_to_num(), reduction="none") * known
     return losses.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
@@ -314,10 +311,7 @@ def save(s: SimpleNamespace, header: dict, state: State, writer: utils.Checkpoin
 
 
 def load_data(s: SimpleNamespace, device: Device, rule: Rule | None) -> tuple[DataLoader, DataLoader]:
-    """The loaders of both sets, read by the checkpoint's rule or else by what the training files mean together.
-
-    Raises UserError where anything is wrong with photos or masks.
-    """
+    """The loaders of both sets, read by the checkpoint's rule, or by the one that the training files make."""
     with distributed.main_process_first():
         use_sample_if_empty(s)
     size = s.image_height, s.image_width

@@ -214,9 +214,7 @@ def test_one_of_several_labels_may_be_chosen(capsys):
     data = prepared(chosen=(170,))
     np.testing.assert_array_equal(data.sample(1)[1][20:], scene(1)[1][20:])
     assert data.sample(0)[1].sum() == 0  # an object of 80
-    with pytest.raises(
-        UserError, match="FOREGROUND_VALUES: 171 is in no mask of .*: choose from 0, 80, 170"
-    ):
+    with pytest.raises(UserError, match=r"FOREGROUND_VALUES: 171 is in no mask of .*: choose from 0, 80, 170"):
         train.main([*LEARN, "--foreground-values", "171"])
     with pytest.raises(UserError, match="was trained with FOREGROUND_VALUES"):
         train.main([*LEARN, "--load-model"])

@@ -18,6 +18,7 @@ import torch
 from conftest import SMALL, rows, same, weights
 
 import distributed
+import metrics
 import train
 import utils
 
@@ -230,7 +231,7 @@ def test_other_training_photos_begin_the_epoch_anew_and_other_validation_photos_
         photo = sorted(Path(f"data/{folder}_images").iterdir())[0]
         photo.unlink()
         Path(f"data/{folder}_masks/{photo.stem}_mask.gif").unlink()
-    monkeypatch.setattr(utils, "dice_scores", lambda tp, fp, fn: torch.zeros_like(tp))
+    monkeypatch.setattr(metrics, "dice_scores", lambda tp, fp, fn: torch.zeros_like(tp))
     run_train("--num-epochs", "2", "--load-model")
     out = capsys.readouterr().out
     assert (
