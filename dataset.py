@@ -174,6 +174,7 @@ class CarvanaDataset(Dataset):
         self.infos: np.ndarray | None = None  # (n,) of INFO
         self.notes: list[Note] = []
         self.rule: Rule | None = None
+        self.chosen: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -200,7 +201,8 @@ class CarvanaDataset(Dataset):
 
     def fingerprint(self) -> str:
         """Of the prepared pairs' names and contents: other data have another one."""
-        return _digest([image.name for image, _ in self.pairs], self.infos.tolist())
+        fields = [name for name in INFO.names if name != "void" or self.infos["void"].any()]  # as before there was void
+        return _digest([image.name for image, _ in self.pairs], self.infos[fields].tolist())
 
     def prepare(
         self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
@@ -238,15 +240,15 @@ class CarvanaDataset(Dataset):
         """Finds or builds the file for these keys and serves from it; raises OSError where it cannot be written."""
         cache_dir.mkdir(parents=True, exist_ok=True)
         place = cache_dir / _digest(DECODER, self.size, str(self.image_dir.resolve()), str(self.mask_dir.resolve()))
-        given = self.rule and asdict(self.rule)
-        data = place.with_name(f"{place.name}-{_digest(keys, given, self.chosen)}.samples")
+        data = place.with_name(f"{place.name}-{_digest(keys, self.chosen)}.samples")
         with FileLock(place.with_suffix(".lock")):  # of several processes one builds and the others wait
-            if (index := self._read_index(data)) is None:
+            if (index := self._read_index(data)) is None or not self._suits(*index):
                 self._build(place, data, keys)
                 index = self._read_index(data)
             self.cache_file = data
             self._map_cache()
-        self.rule, rows = index
+        rule, rows = index
+        self.rule = self.rule or rule
         self.notes = [note for _, _, note in rows]
         return np.array([info for _, info, _ in rows], INFO)
 
@@ -260,13 +262,18 @@ class CarvanaDataset(Dataset):
         except (OSError, ValueError):
             return None
 
+    def _suits(self, rule: Rule, rows: list) -> bool:
+        """Whether samples that were read by a rule are what the given one, or the files' own, makes of them."""
+        wanted = self.rule or Rule.of([note for _, _, note in rows], self.chosen)
+        return all(rule.meaning(note) == wanted.meaning(note) for _, _, note in rows)
+
     def _map_cache(self) -> None:
         self._cache = np.memmap(self.cache_file, np.uint8, mode="c").view(np.ndarray).reshape(len(self), -1)
 
     def _build(self, place: Path, data: Path, keys: list[tuple]) -> None:
         for leftover in place.parent.glob(f"{place.name}-*.tmp"):  # of a run that was killed
             leftover.unlink()
-        older = [path for path in place.parent.glob(f"{place.name}-*.samples") if path != data]
+        older = list(place.parent.glob(f"{place.name}-*.samples"))
         known = {}
         for path in older:
             rule, rows = self._read_index(path) or (None, [])
@@ -281,7 +288,7 @@ class CarvanaDataset(Dataset):
             os.fsync(file.fileno())
             with written_whole(data.with_suffix(".json")) as index:
                 index.write_text(json.dumps({"rule": asdict(self.rule), "rows": rows}))
-        for path in older:
+        for path in set(older) - {data}:
             with suppress(OSError):  # on Windows a file that another run reads cannot be deleted
                 path.unlink()
                 path.with_suffix(".json").unlink()
@@ -325,12 +332,15 @@ class CarvanaDataset(Dataset):
                 for row, (note, rule) in enumerate(zip(self.notes, rules, strict=True))
                 if rule.meaning(note) != self.rule.meaning(note)
             ]
+            progress.reset(total=len(self) + len(again))
+            progress.update(len(self))
             for (row, _), future in zip(again, in_threads(pool, 8 * NUM_THREADS, read, again), strict=True):
                 sample, info, note = future.result()
                 rows[row] = keys[row], info, note
                 if file is not None:
                     file.seek(row * self._sample_bytes)
                     file.write(sample)
+                progress.update()
         return rows
 
     def _settled(self) -> Rule:

@@ -1,8 +1,9 @@
 """Image files -> arrays: how photos and masks are decoded, and what the values of a data set's files mean."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +33,9 @@ class Note:
     """What the files of a pair hold, as far as the meaning of the set's values depends on it."""
 
     levels: list[float] | None  # of a photo with more than 8 bits a channel: 33 quantiles, from 0.1 to 99.9 %
-    values: list[list[float]] | None  # of a mask: [value, share] of each; None where it holds fractions, noise or many
-    brightest: float  # of the mask's values
-    is_lossy: bool  # the mask is a JPEG or the like
+    kind: str  # of the mask's values: "colours", "jpeg", or the name of their type
+    values: list[list[float]] | None  # [value, share] of each; None where they are fractions, noise or more than 32
+    brightest: float
 
 
 @dataclass(frozen=True)
@@ -46,53 +47,73 @@ class Rule:
 
     Masks: in a set of at most 32 whole values (labels) all but 0 is foreground, or `chosen` values alone. In a set of
     more, or whose many values are the soft edges of white things, and in JPEGs, whose dark values are noise, it is what
-    is brighter than half of the `brightest`. Where a mask holds labels below 32 and 255, as those of Pascal VOC and
-    Cityscapes, 255 is void.
+    is brighter than half of the `brightest` in files of their kind. Where masks hold labels below 32 and 255, as those
+    of Pascal VOC and Cityscapes, 255 is void.
     """
 
     low: float | None = None
     high: float | None = None
     is_labels: bool = True
     has_void: bool = False
-    brightest: float = 255.0
+    brightest: dict[str, float] = field(default_factory=dict)
     chosen: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, notes: list[Note], chosen: tuple[float, ...] | None = None) -> "Rule":
         levels = [note.levels for note in notes if note.levels]
         low, high = np.quantile(levels, (0.001, 0.999)).tolist() if levels else (None, None)
-        brightest = max((note.brightest for note in notes), default=255.0)
-        lossless = [note for note in notes if not note.is_lossy]
-        sets = [{value for value, _ in note.values} for note in lossless if note.values is not None]
-        shares = value_shares(lossless)
-        has_void = all(value < DARK or value == 255 for value in shares) and any(
-            255 in values and any(0 < value < DARK for value in values) for values in sets
-        )
-        between = [share for value, share in shares.items() if 0 < value < brightest]
-        has_soft_edges = brightest in (255, 65535) and len(between) > 2 and sum(between) < shares.get(brightest, 0)
-        is_labels = len(sets) == len(lossless) and len(shares) <= 32 and (has_void or not has_soft_edges)
-        has_void &= is_labels
-        return cls(low, high, is_labels or chosen is not None, has_void, brightest, chosen)
+        brightest: dict[str, float] = {}
+        for note in notes:
+            brightest[note.kind] = max(note.brightest, brightest.get(note.kind, 0))
 
-    def of_mask(self, values: np.ndarray, is_lossy: bool) -> np.ndarray:
-        """A mask's values of any type -> uint8 in {0, 1, VOID} of the same shape."""
-        if is_lossy or not self.is_labels:
-            return (values > self._threshold(is_lossy)).astype(np.uint8)
+        grey = [note for note in notes if note.kind not in ("colours", "jpeg")]
+        shares = value_shares(grey)
+        white = max(shares, default=0)
+        between = [share for value, share in shares.items() if 0 < value < white]
+        has_soft_edges = white in (255, 65535) and len(between) > 2 and sum(between) < shares[white]
+        has_void = holds_void(notes)
+        is_labels = all(note.values for note in grey) and len(shares) <= 32 and (has_void or not has_soft_edges)
+        return cls(low, high, is_labels, has_void, brightest, chosen)
+
+    def of_mask(self, values: np.ndarray, kind: str, is_listed: bool) -> np.ndarray:
+        """Values of a mask -> uint8 in {0, 1, VOID} of the same shape; `is_listed` says whether a Note lists them."""
+        if not self._are_labels(kind, is_listed):
+            return (values > self._threshold(kind)).astype(np.uint8)
         mask = (values != 0 if self.chosen is None else np.isin(values, self.chosen)).astype(np.uint8)
         if self.has_void and 255 not in (self.chosen or ()):
             mask[values == 255] = VOID
         return mask
 
-    def _threshold(self, is_lossy: bool) -> float:
-        return max(self.brightest // 2 if self.brightest > 2 else self.brightest / 2, DARK - 1 if is_lossy else 0)
+    def _are_labels(self, kind: str, is_listed: bool) -> bool:
+        chosen = self.chosen is not None and kind != "jpeg"
+        return chosen or kind == "colours" or (self.is_labels and is_listed)
+
+    def _threshold(self, kind: str) -> float:
+        brightest = self.brightest.get(kind) or {"uint16": 65535}.get(kind, 1 if kind.startswith("float") else 255)
+        return max(brightest // 2 if brightest > 2 else brightest / 2, DARK - 1 if kind == "jpeg" else 0)
 
     def meaning(self, note: Note) -> tuple:
         """What it makes of a pair's files: where two rules give the same, they decode alike."""
-        if note.values is not None:
-            mask = tuple(self.of_mask(np.array([value for value, _ in note.values]), False).tolist())
+        if note.values:
+            mask = tuple(self.of_mask(np.array([value for value, _ in note.values]), note.kind, True).tolist())
+        elif self._are_labels(note.kind, False):
+            mask = self.chosen, self.has_void
         else:
-            mask = self.chosen if self.is_labels and not note.is_lossy else self._threshold(note.is_lossy)
+            mask = self._threshold(note.kind)
         return mask, (self.low, self.high) if note.levels else None
+
+
+def holds_void(notes: list[Note]) -> bool:
+    """Whether 255 is void: at least half of the masks with 255 hold labels below 32, too, and no mask others.
+
+    Labels are more than a hundredth of what is 255: not a few stray pixels.
+    """
+    masks = [dict(note.values) for note in notes if note.values]
+    with_255 = [shares for shares in masks if 255 in shares]
+    labels = [sum(share for value, share in shares.items() if 0 < value < DARK) for shares in with_255]
+    are_labelled = [label > shares[255] / 100 for label, shares in zip(labels, with_255, strict=True)]
+    others = any(DARK <= value != 255 for shares in masks for value in shares)
+    return not others and any(are_labelled) and 2 * sum(are_labelled) >= len(with_255)
 
 
 def value_shares(notes: list[Note]) -> dict[float, float]:
@@ -130,34 +151,37 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _is_deep(image: Image.Image) -> bool:
     """Whether an image that Pillow has just opened, and not loaded, has more than 8 bits a channel."""
-    return image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in image.tile)
+    return image.mode[0] in "IF" or any(re.search(";16[BLNS]", str(tile[3])) for tile in image.tile)
 
 
 def _deep_values(image: Image.Image, path: Path) -> np.ndarray:
-    """The values of a deep image, (H, W) or RGB (H, W, 3), of the file's own type. Raises ValueError for nan."""
+    """A deep image's values of its own type, (H, W), or RGB or RGBA, (H, W, 3 or 4). Raises ValueError for nan."""
     if image.mode[0] in "IF":
         values = np.asarray(image)
     else:  # Pillow would cut 16 bits a channel down to 8
         values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
         if values is None:
             raise ValueError("OpenCV cannot decode its 16 bits a channel")
-        values = values[..., 2::-1] if values.ndim == 3 else values
+        values = values[..., [2, 1, 0, 3][: values.shape[2]]] if values.ndim == 3 else values
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("it holds nan or infinity")
     if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # 0 is white; Pillow knows that for 8 bits and less
-        values = -values if values.dtype.kind == "f" else 2 ** image.tag_v2.get(258, (16,))[0] - 1 - values
+        bits = image.tag_v2.get(258, (16,))[0]
+        values = 2**bits - 1 - values if values.dtype.kind == "u" else -values
     return values
 
 
 def _levels(values: np.ndarray) -> list[float]:
     """A Note's levels, from at most 20,000 of a photo's values."""
-    return np.quantile(values.reshape(-1)[:: values.size // 20_000 + 1], np.linspace(0.001, 0.999, 33)).tolist()
+    places = np.linspace(0, values.size - 1, min(values.size, 20_000)).astype(np.int64)
+    return np.quantile(values.reshape(-1)[places], np.linspace(0.001, 0.999, 33)).tolist()
 
 
 def _upright(pixels: np.ndarray, image: Image.Image) -> Image.Image:
     """An array uint8 as an image, turned as the orientation of the image says that it was decoded from."""
     turned = Image.fromarray(pixels)
-    turned.getexif()[0x0112] = image.getexif().get(0x0112, 1)
+    if image.format != "TIFF":  # which Pillow and OpenCV have turned
+        turned.getexif()[0x0112] = image.getexif().get(0x0112, 1)
     return ImageOps.exif_transpose(turned)
 
 
@@ -179,9 +203,10 @@ def decode_image(
         is_deep, own_size, levels = _is_deep(image), _upright_size(image), None
         if is_deep:
             values = _deep_values(image, path)
+            values = values[..., :3] if values.ndim == 3 else values
             levels = _levels(values)
             if rule is None or rule.low is None:
-                rule = Rule.of([Note(levels, None, 0, False)])
+                rule = Rule.of([Note(levels, "", None, 0)])
             values = (values.astype(np.float32) - rule.low) * (255 / max(rule.high - rule.low, 1e-30))
             image = _upright(values.round(out=values).clip(0, 255, out=values).astype(np.uint8), image)
         elif size:
@@ -211,31 +236,39 @@ def decode_mask(
 ) -> tuple[np.ndarray, tuple[int, int], Note]:
     """The mask of read_mask, uint8 (H, W) in {0, 1, VOID}, its own (height, width), and a Note of it."""
     with opened(path) as image:
-        is_deep, own_size, is_lossy = _is_deep(image), _upright_size(image), _is_lossy(image, path)
+        is_deep, own_size = _is_deep(image), _upright_size(image)
         if is_deep:
-            values = _deep_values(image, path)
-            values, codes, counts = np.unique(
-                values.max(2) if values.ndim == 3 else values, return_inverse=True, return_counts=True
-            )
+            codes, values, counts, kind = _deep_codes(_deep_values(image, path))
         else:
-            coded, values = _coded(image, is_lossy)
+            coded, values, kind = _coded(image, _is_lossy(image, path))
             codes, counts = np.asarray(coded), np.array(coded.histogram())
-        note = _note(values[counts > 0], counts[counts > 0], is_lossy)
+        used = counts > 0
+        note = _note(values[used], counts[used], kind)
         rule = rule or Rule.of([note])
         meaning = np.zeros(len(values), np.uint8)
-        meaning[counts > 0] = rule.of_mask(values[counts > 0], is_lossy)
-        mask = cv2.LUT(codes, meaning) if codes.dtype == np.uint8 else meaning[codes.reshape(image.size[::-1])]
-        mask = _upright(mask, image)
+        meaning[used] = rule.of_mask(values[used], kind, note.values is not None)
+        mask = _upright(cv2.LUT(codes, meaning) if codes.dtype == np.uint8 else meaning[codes], image)
     return _resize_mask(np.asarray(mask), size, rule.has_void), own_size, note
 
 
 def _is_lossy(image: Image.Image, path: Path) -> bool:
     """Whether compression has changed the values: a JPEG, or a WebP that is not of the lossless kind."""
-    return image.format in ("JPEG", "MPO") or (image.format == "WEBP" and b"VP8L" not in path.read_bytes()[:4096])
+    return image.format in ("JPEG", "MPO") or (image.format == "WEBP" and b"VP8L" not in path.read_bytes())
 
 
-def _coded(image: Image.Image, is_lossy: bool) -> tuple[Image.Image, np.ndarray]:
-    """A mask of 8 bits a channel as an image in mode L or P, and the value that each of its 256 codes stands for."""
+def _deep_codes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """A deep mask as codes (H, W), the value that each of them stands for, how often it occurs, and a Note's kind."""
+    if values.ndim == 3:
+        is_opaque = values.shape[2] == 3 or values[..., 3] > np.iinfo(values.dtype).max // 2
+        values = values[..., :3].max(2) * is_opaque
+    if values.dtype == np.uint16:  # without the sorting of np.unique
+        return values, np.arange(65536), np.bincount(values.ravel(), minlength=65536), "uint16"
+    found, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return codes.reshape(values.shape), found, counts, values.dtype.name
+
+
+def _coded(image: Image.Image, is_lossy: bool) -> tuple[Image.Image, np.ndarray, str]:
+    """A mask of 8 bits a channel in mode L or P, the value that each of its 256 codes stands for, and a Note's kind."""
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     if image.mode == "P":
@@ -245,23 +278,24 @@ def _coded(image: Image.Image, is_lossy: bool) -> tuple[Image.Image, np.ndarray]
         used = np.array(image.histogram()) > 0
         value = colours.max(1)
         if (value - colours.min(1))[used].max() < DARK:
-            return image, value
-        is_labelled = not (used[0] and value[0])
-        return image, np.where(value > 0, np.arange(256) if is_labelled else 1, 0)
+            return image, value, "uint8"
+        are_labels = not (used[0] and value[0]) and used.sum() <= 32
+        return image, np.where(value > 0, np.arange(256) if are_labels else 1, 0), "colours"
+    kind = "jpeg" if is_lossy else "uint8"
     if image.mode not in ("L", "1"):
         pixels = np.asarray(image.convert("RGB"))
         value = pixels.max(2)
-        if (value - pixels.min(2)).max() >= DARK:  # coloured
-            value = np.where(value >= DARK, 255, 0) if is_lossy else value > 0
+        if (value - pixels.min(2)).max() >= DARK:
+            kind, value = "colours", value > (DARK - 1 if is_lossy else 0)
         image = Image.fromarray(value.astype(np.uint8))
-    return image.convert("L"), np.arange(256)
+    return image.convert("L"), np.arange(256), kind
 
 
-def _note(values: np.ndarray, counts: np.ndarray, is_lossy: bool) -> Note:
+def _note(values: np.ndarray, counts: np.ndarray, kind: str) -> Note:
     """A Note of a mask that holds these values so often."""
-    is_listed = len(values) <= 32 and not is_lossy and (values == np.round(values)).all()
+    is_listed = len(values) <= 32 and kind != "jpeg" and (values == np.round(values)).all()
     shares = [[float(value), float(share)] for value, share in zip(values, counts / counts.sum(), strict=True)]
-    return Note(None, shares if is_listed else None, float(values.max()), is_lossy)
+    return Note(None, kind, shares if is_listed else None, float(values.max()))
 
 
 def _resize_mask(mask: np.ndarray, size: tuple[int, int] | None, may_have_void: bool) -> np.ndarray:

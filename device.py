@@ -59,7 +59,7 @@ class Device:
         return images.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
 
     def _sent(self, batch: Tensor) -> Tensor:
-        is_cuda = self.device.type == "cuda"  # only from pinned memory is it safe to go on before the copy is done
+        is_cuda = self.device.type == "cuda"  # where kernels wait for the copy; on other devices this process must
         return batch.to(self.device, non_blocking=is_cuda)
 
     @cached_property

@@ -62,7 +62,8 @@ class Report:
 
         Where the pictures before are not done, this epoch gets none, and a line says so. The last epoch waits for them.
         """
-        if epoch < self.num_epochs and not all(future.done() for future in self.pending):
+        self.is_drawing = epoch == self.num_epochs or all(future.done() for future in self.pending)
+        if not self.is_drawing:
             tqdm.write(f"Epoch {epoch} gets no pictures: those before it are still being drawn.")
             return None
         self._end()
@@ -77,8 +78,11 @@ class Report:
 
     def add(self, logits: Tensor) -> None:
         """Queues the validation set's next batch for drawing: logits float32 (N, 1, H, W) on any device."""
-        probabilities = (logits.sigmoid() * 255).byte()  # which a thread fetches from the device: that would wait here
-        self.pending.append(self.threads.submit(self._draw_batch, self.batches, self.photos, probabilities, logits > 0))
+        batch = ((logits.sigmoid() * 255).byte().cpu().numpy(), (logits > 0).cpu().numpy())
+        most = max(8, 2**30 // batch[0].nbytes)  # that wait in memory
+        if len(self.pending) > most:
+            self.pending[-most].result()
+        self.pending.append(self.threads.submit(self._draw_batch, self.batches, self.photos, *batch))
         self.batches, self.photos = self.batches + 1, self.photos + len(logits)
 
     def finish(self, history: list[dict], photo_dice: list[list[float]]) -> None:
@@ -88,11 +92,16 @@ class Report:
             history: the rows of metrics.csv.
             photo_dice: each validation photo's Dice in each epoch.
         """
+        if self.board:
+            for name, value in history[-1].items():
+                self.board.add_scalar(name, value, len(history))
+        if not self.is_drawing:
+            return
         args = self.batches, copy.deepcopy(history), photo_dice.copy(), self.pending.copy()
         self.pending.append(self.threads.submit(self._draw_run, *args))
 
-    def _draw_batch(self, batch: int, first: int, probabilities: Tensor, predictions: Tensor) -> None:
-        probabilities, predictions = probabilities[:, 0].cpu().numpy(), predictions[:, 0].cpu().numpy()
+    def _draw_batch(self, batch: int, first: int, probabilities: np.ndarray, predictions: np.ndarray) -> None:
+        probabilities, predictions = probabilities[:, 0], predictions[:, 0]
         images, masks = zip(*(self.data.sample(first + offset) for offset in range(len(predictions))), strict=True)
         masks, voids = np.stack(masks) == 1, np.stack(masks) == VOID
         save_predictions_as_imgs(predictions, np.where(voids, np.uint8(128), masks * np.uint8(255)), batch, self.folder)
@@ -122,7 +131,7 @@ class Report:
         ]
         write_page(self.folder, history, photos, len(self.data), self.settings, self.data_report)
         if self.board:
-            log_to_tensorboard(self.board, history[-1], self.folder, batches)
+            log_overlays(self.board, len(history), self.folder, batches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,11 +289,9 @@ def tensorboard_writer(folder: str, settings: dict[str, object]) -> object:
     return board
 
 
-def log_to_tensorboard(board: object, row: dict, folder: Path, batches: int) -> None:
-    """Logs an epoch's row of metrics.csv and its first overlays."""
-    for name, value in row.items():
-        board.add_scalar(name, value, row["epoch"])
+def log_overlays(board: object, epoch: int, folder: Path, batches: int) -> None:
+    """Logs an epoch's first overlays."""
     for batch in range(min(4, batches)):
         overlay = cv2.cvtColor(cv2.imread(str(folder / f"overlay_{batch}.png")), cv2.COLOR_BGR2RGB)
-        board.add_image(f"overlay_{batch}", overlay, row["epoch"], dataformats="HWC")
+        board.add_image(f"overlay_{batch}", overlay, epoch, dataformats="HWC")
     board.flush()

@@ -38,22 +38,28 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     for name, default in constants.items():
         if not name.isupper() or isinstance(default, ModuleType):
             continue
-        if isinstance(default, list | Path):
-            default = tuple(default) if isinstance(default, list) else str(default)
+        is_tuple = isinstance(default, tuple | list) or "tuple" in may_be_none.get(name.lower(), "")
+        if is_tuple and default is not None:
+            default = tuple(default) if isinstance(default, tuple | list) else (default,)
+        elif isinstance(default, Path):
+            default = str(default)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         options = {"default": default, "help": f"{comments.get(name, '')} [{shown}]".replace("%", "%%")}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, tuple) or "tuple" in may_be_none.get(name.lower(), ""):
-            options |= {"type": type((*(default or ()), 0)[0]), "nargs": "+", "metavar": "N"}
+        elif is_tuple:
+            kind = type((*(default or ()), 0)[0])
+            number_or_none = lambda text: text if text == "none" else int(text)  # noqa: E731
+            kind = number_or_none if name.lower() in may_be_none else kind
+            options |= {"type": kind, "nargs": "+", "metavar": "N"}
         else:
             options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
         parser.add_argument("--" + name.lower().replace("_", "-"), **options)
     settings = vars(parser.parse_args(argv))
     for name, value in settings.items():
         if isinstance(value, list):
-            settings[name] = tuple(value)
-        elif str(value).lower() == "none" and name in may_be_none:
+            value = settings[name] = tuple(value)
+        if str(value).lower() in ("none", "('none',)") and name in may_be_none:
             settings[name] = None
     return SimpleNamespace(**settings)
 

@@ -83,7 +83,7 @@ def make_augmentation() -> list[tuple[float, augmentation.Step]]:
         (0.5, augmentation.horizontal_flip),
         (0.7, partial(augmentation.affine, scale=0.15, shift=0.06, degrees=8)),
         (0.5, partial(augmentation.brightness_contrast, brightness=0.2, contrast=0.2)),
-        (0.5, partial(augmentation.hue_saturation_value, hue=180, saturation=50, value=30)),  # any paint
+        (0.5, partial(augmentation.hue_saturation_value, hue=20, saturation=30, value=20)),
     ]
 
 
@@ -279,7 +279,6 @@ def end_epoch(
     state.epoch = Epoch()
     if report:
         utils.save_metrics(state.history, report.folder / "metrics.csv")
-    if show:
         report.finish(state.history, state.photo_dice)
     return is_best
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import distributed
 from dataset import NUM_THREADS, CarvanaDataset, in_threads, large_ones_wait, written_whole
-from decoding import VOID, UserError, decode_mask, enlarge, read_image
+from decoding import VOID, Rule, UserError, decode_mask, enlarge, read_image
 from device import Device
 from metrics import confusion, image_scores
 from model import UNet
@@ -81,7 +81,7 @@ def get_loaders(
     pin_memory: bool = False,
     seed: int = 0,
 ) -> tuple[Loader, Loader]:
-    """Loaders for training and validation, of images uint8 (N, H, W, 3) and masks uint8 (N, H, W) in {0, 1}.
+    """Loaders for training and validation, of images uint8 (N, H, W, 3) and masks uint8 (N, H, W) in {0, 1, VOID}.
 
     Batches do not depend on num_workers.
     """
@@ -206,7 +206,7 @@ def checkpoint_header(model: UNet, s: SimpleNamespace, train_set: CarvanaDataset
 def _upgraded(checkpoint: dict) -> dict:
     """A checkpoint of any format as one of today's."""
     lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0), "optimizer_name": "Muon"}
-    lacking |= {"rule": None, "photo_size": None}
+    lacking |= {"rule": asdict(Rule(low=0.0, high=65535.0)), "photo_size": None}
     return lacking | checkpoint
 
 
@@ -367,7 +367,7 @@ def check_accuracy(
 
     tp, fp, fn, tn = torch.cat(counts, dim=1).cpu().double()
     scores = {"val_loss": torch.cat(losses).cpu().double()} | image_scores(tp, fp, fn, tn)
-    predicted, foreground = ((part / (tp + fp + fn + tn)).mean().item() for part in (tp + fp, tp + fn))
+    predicted, foreground = ((part / (tp + fp + fn + tn)).nanmean().item() for part in (tp + fp, tp + fn))
     if predicted in (0, 1):
         print(
             f"WARNING: it predicts {('background', 'foreground')[int(predicted)]} for every pixel, and "

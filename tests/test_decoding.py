@@ -264,6 +264,97 @@ def test_a_lossless_webp_holds_no_noise(value):
     assert all(np.array_equal(prepared().sample(index)[1], scene(index)[1]) for index in range(3))
 
 
+def test_a_stray_pixel_makes_no_void():
+    def save(mask: np.ndarray, stem: str, i: int) -> None:
+        values = mask * np.uint8(255)
+        values[0, 0] = 3 if i == 5 else 0
+        Image.fromarray(values).save(f"{stem}.png")
+
+    draw(jpg, save)
+    data = prepared()
+    assert not data.rule.has_void and (data.sample(5)[1] == 1).sum() == scene(5)[1].sum() + 1
+    assert not (decode_mask(Path("data/train_masks/p05_mask.png"), None)[0] == VOID).any()
+
+
+def test_colours_of_a_palette_are_never_brightness():
+    """An object in 40 shades of red, as an indexed PNG, beside masks with soft edges."""
+
+    def save(mask: np.ndarray, stem: str, i: int) -> None:
+        if i % 2:
+            return SOFT["8 bits"](mask, stem, i)
+        indices = np.where(mask, 1 + np.mgrid[:64, :96][1] % 40, 0).astype(np.uint8)
+        image = Image.fromarray(indices, "P")
+        image.putpalette([0, 0, 0, *(part for shade in range(40) for part in (100 + 3 * shade, 0, 0))])
+        image.save(f"{stem}.png")
+
+    draw(jpg, save)
+    data = prepared()
+    for index in range(0, len(data), 2):
+        np.testing.assert_array_equal(data.sample(index)[1], scene(index)[1])
+
+
+def test_soft_masks_of_several_types_share_a_set():
+    draw(jpg, lambda m, s, i: SOFT[("8 bits", "16 bits", "0 to 1")[i % 3]](m, s, i))
+    data = prepared()
+    for index in range(len(data)):
+        assert (data.sample(index)[1] != (soft(scene(index)[1]) > 0.5)).mean() < 0.005
+
+
+def test_soft_masks_are_read_as_such_where_training_had_hard_ones():
+    draw(jpg, png)
+    SOFT["8 bits"](scene(12)[1], "data/val_masks/p12_mask", 12)
+    found = prepared("val", prepared().rule).sample(0)[1]
+    assert (found != (soft(scene(12)[1]) > 0.5)).mean() < 0.005
+
+
+def test_transparency_of_16_bits_counts_as_black():
+    mask = scene(0)[1]
+    white = np.full((64, 96, 4), 65535, np.uint16)
+    white[..., 3] *= mask
+    cv2.imwrite("mask.png", white)
+    np.testing.assert_array_equal(read_mask(Path("mask.png")), mask)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("ending", ["tif", "png"])
+def test_deep_colours_are_turned_once(orientation, ending):
+    stored = colours(scene(0)[0], 65535).astype(np.uint16)
+    cv2.imwrite("plain.png", stored[..., ::-1])
+    upright = read_image(Path("plain.png"))
+    turns = {1: upright, 3: upright[::-1, ::-1], 6: np.rot90(upright, -1), 8: np.rot90(upright)}
+    if ending == "tif":
+        tags = {
+            256: 96,
+            257: 64,
+            258: 16,
+            259: 1,
+            262: 2,
+            273: 8,
+            274: orientation,
+            277: 3,
+            278: 64,
+            279: stored.nbytes,
+        }
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        end = struct.pack("<H", len(tags)) + entries + bytes(4)
+        Path("turned.tif").write_bytes(b"II*\0" + struct.pack("<I", 8 + stored.nbytes) + stored.tobytes() + end)
+    else:
+        data = Path("plain.png").read_bytes()
+        exif = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", 274, 3, 1, orientation, 0) + bytes(4)
+        chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", zlib.crc32(b"eXIf" + exif))
+        Path("turned.png").write_bytes(data[:33] + chunk + data[33:])
+    np.testing.assert_array_equal(read_image(Path(f"turned.{ending}")), turns[orientation])
+
+
+def test_the_range_of_colours_is_that_of_all_channels():
+    photo = np.zeros((1280, 1918, 3), np.uint16)
+    photo[:] = 60000, 30000, 1000  # blue first, as OpenCV writes
+    photo += np.random.default_rng(0).integers(0, 500, photo.shape, np.uint16)
+    cv2.imwrite("photo.png", photo)
+    red, green, blue = read_image(Path("photo.png"), (16, 24)).reshape(-1, 3).mean(0)
+    assert red < 10 and 100 < green < 150 and blue > 245
+
+
 def test_jpegs_that_differ_a_little_are_read_alike_and_once(monkeypatch):
     draw(jpg, lambda m, s, i: Image.fromarray(m * np.uint8(250 + i % 6)).save(f"{s}.jpg"))
     data = prepared()
