@@ -83,7 +83,7 @@ def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_d
         steps.setdefault(rows, []).append((kernel, blocks(step, kernel, rows)))
 
     for rows, pairs in steps.items():
-        factors = newton_schulz(torch.cat([step @ step.mT for _, step in pairs]))
+        factors = newton_schulz(torch.cat([torch.bmm(step, step.mT) for _, step in pairs]))
         for (kernel, step), factor in zip(pairs, factors.split([len(step) for _, step in pairs]), strict=True):
             scale = lr * max(1, len(kernel) / step.shape[-1]) ** 0.5
             blocks(kernel, kernel, rows).baddbmm_(factor, step, beta=1 - lr * weight_decay, alpha=-scale)
@@ -105,11 +105,11 @@ def newton_schulz(gram: Tensor) -> Tensor:
     identity = torch.eye(gram.shape[1], device=gram.device)
     square = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30  # of X's norm, which becomes 1
     gram = gram / square
-    product = identity / square.sqrt()
+    product, start = identity / square.sqrt(), 3.4445 * identity
     for _ in range(5):
-        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
-        product = factor @ product
-        gram = factor @ gram @ factor
+        factor = torch.baddbmm(torch.add(start, gram, alpha=-4.7750), gram, gram, alpha=2.0315)  # a + b G + c G²
+        product = torch.bmm(factor, product)
+        gram = torch.bmm(torch.bmm(factor, gram), factor)
     return product
 
 
