@@ -193,8 +193,8 @@ class CarvanaDataset(Dataset):
             return read_sample(*self.pairs[index], self.size, self.rule)[:2]
         if self._cache is None:
             self._map_cache()
-        image, mask = np.split(self._cache[index], [3 * self.size[0] * self.size[1]])
-        return image.reshape(*self.size, 3), mask.reshape(self.size)
+        sample, pixels = self._cache[index], self.size[0] * self.size[1]
+        return sample[: 3 * pixels].reshape(*self.size, 3), sample[3 * pixels :].reshape(self.size)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_cache": None}  # a spawned worker maps the file anew instead of receiving its contents
