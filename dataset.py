@@ -419,7 +419,7 @@ def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
         lines.append(
             f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter (split_data.py)"
         )
-    lines[3:3] = describe_rule(train)
+    lines += describe_rule(train)
     known = set(train.infos["checksum"].tolist())
     copies = [image for (image, _), info in zip(val.pairs, val.infos, strict=True) if int(info["checksum"]) in known]
     if copies:

@@ -1,6 +1,7 @@
 """The benchmarks run, and their figures fit together; how fast anything is depends on the machine."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,23 @@ def test_train_compares_the_classic_step_with_ours(project, monkeypatch):
     assert found["step_ratio"] == pytest.approx(found["ours_images_per_second"] / found["classic_images_per_second"])
     assert found["ours_gflop_per_image"] == pytest.approx(found["classic_gflop_per_image"])
     assert 0 < found["matmul_share"] < 1 and found["memory_ratio"] > 0
+    assert found["ours_optimizer_operations"] > 0
+
+
+def test_validate_measures_what_surrounds_the_network(project, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "draw_dataset", partial(benchmark.draw_dataset, height=64, width=96))
+    found = figures("validate")
+    assert 0 < found["scores_and_queue_ms"] < found["pictures_ms"]
+    assert min(found.values()) > 0 and len(found) == 5
+
+
+def test_loader_compares_the_classic_pipeline_with_ours(project, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "draw_dataset", partial(benchmark.draw_dataset, height=64, width=96))
+    found = figures("loader")
+    assert found["warm_ratio"] == pytest.approx(found["warm_photos_per_second"] / found["classic_photos_per_second"])
+    assert found["warm_ms"] == pytest.approx(1000 / found["warm_photos_per_second"])
 
 
 def test_recipe_compares_what_both_have_learned(project, capsys):
