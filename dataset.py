@@ -345,13 +345,14 @@ class CarvanaDataset(Dataset):
 
     def _settled(self) -> Rule:
         """The rule that the notes make. Raises UserError."""
-        values = sorted({value for note in self.notes for value, _ in note.values or []})
-        if missing := set(self.chosen or ()) - set(values):
+        rule = Rule.of(self.notes, self.chosen)
+        labels = sorted({value for note in self.notes for value, _ in note.values or [] if value})
+        if missing := set(self.chosen or ()) - set(labels):
+            listed = f"choose from {', '.join(f'{value:g}' for value in labels if not rule.has_void or value != 255)}"
             raise UserError(
                 f"FOREGROUND_VALUES: {', '.join(f'{value:g}' for value in sorted(missing))} is in no mask of "
-                f"{self.mask_dir}: choose from {', '.join(f'{value:g}' for value in values) or 'labels, it has none'}"
+                f"{self.mask_dir}: {listed if labels else 'they hold no labels, so set it to None'}"
             )
-        rule = Rule.of(self.notes, self.chosen)
         if rule.low is not None and rule.low == rule.high:
             raise UserError(
                 f"{self.image_dir}: its photos with more than 8 bits a channel hold nothing but {rule.low:g}: export "
@@ -384,7 +385,7 @@ def describe_rule(data: CarvanaDataset) -> list[str]:
     """What the values of the files mean, a line for each thing that is not plain."""
     rule, lines = data.rule, []
     if rule.low is not None:
-        lines.append(f"photos with more than 8 bits a channel: {rule.low:g} becomes 0, {rule.high:g} becomes 255")
+        lines.append(f"photos with more than 8 bits a channel: {rule.low:.4g} becomes 0, {rule.high:.4g} becomes 255")
     shares = value_shares(data.notes)
     foreground = [value for value in sorted(shares) if value and not (rule.has_void and value == 255)]
     if rule.is_labels and len(foreground) > 1:
@@ -393,8 +394,12 @@ def describe_rule(data: CarvanaDataset) -> list[str]:
         if rule.chosen is not None:
             chosen = f"foreground is {', '.join(f'{value:g}' for value in rule.chosen)}"
         lines.append(f"values of the masks: {listed}: {chosen}")
+    if not rule.is_labels and rule.chosen is None:
+        lines.append("values of the masks: many or fractions: foreground is above half of the brightest")
     if rule.has_void:
-        lines.append(f"void (255) in the masks: {100 * data.infos['void'].mean():.1f} %, which counts for nothing")
+        lines.append(
+            f"void (255) in the masks: {100 * data.infos['void'].mean():.1f} %, ignored in the loss and in all scores"
+        )
     return lines
 
 

@@ -71,7 +71,7 @@ class Rule:
         white = max(shares, default=0)
         between = [share for value, share in shares.items() if 0 < value < white]
         has_soft_edges = white in (255, 65535) and len(between) > 2 and sum(between) < shares[white]
-        has_void = holds_void(notes)
+        has_void = holds_void(notes) and 255 not in (chosen or ())
         is_labels = all(note.values for note in grey) and len(shares) <= 32 and (has_void or not has_soft_edges)
         return cls(low, high, is_labels, has_void, brightest, chosen)
 
@@ -80,7 +80,7 @@ class Rule:
         if not self._are_labels(kind, is_listed):
             return (values > self._threshold(kind)).astype(np.uint8)
         mask = (values != 0 if self.chosen is None else np.isin(values, self.chosen)).astype(np.uint8)
-        if self.has_void and 255 not in (self.chosen or ()):
+        if self.has_void:
             mask[values == 255] = VOID
         return mask
 
@@ -140,7 +140,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except Exception as error:
-        reason = str(error).removesuffix(f": {str(path)!r}")
+        reason = str(error).replace(f" {str(path)!r}", "").removesuffix(":")
         raise UserError(f"{path} is no readable image ({reason}): replace or remove it") from error
 
 

@@ -426,8 +426,7 @@ def load_network(args: argparse.Namespace) -> Predictor:
         if not all(2 / 3 <= scale <= 3 / 2 for scale in wanted):
             raise UserError(
                 f"--tile without --size shows the network photos {1 / wanted[0]:.1f} times as high and "
-                f"{1 / wanted[1]:.1f} times as wide as in training: add --size {model.size[0]} {model.size[1]}, or for "
-                "other photos what reduces them alike"
+                f"{1 / wanted[1]:.1f} times as wide as in training: add --size {model.size[0]} {model.size[1]}"
             )
     if args.size or args.tile:
         model.size = args.size and tuple(args.size)  # None leaves photos as they are

@@ -20,6 +20,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python {self.prog} --help shows all flags)")
 
 
+def whole_number_or_none(text: str) -> int | str:
+    if text == "none" or re.fullmatch(r"-?\d+", text):
+        return text if text == "none" else int(text)
+    raise argparse.ArgumentTypeError(f"{text} is no whole number")
+
+
 def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleNamespace:
     """Makes every upper-case constant of a script a flag of the same name: IMAGE_HEIGHT = 160 is --image-height 160.
 
@@ -49,8 +55,7 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
             options["action"] = argparse.BooleanOptionalAction
         elif is_tuple:
             kind = type((*(default or ()), 0)[0])
-            number_or_none = lambda text: text if text == "none" else int(text)  # noqa: E731
-            kind = number_or_none if name.lower() in may_be_none else kind
+            kind = whole_number_or_none if name.lower() in may_be_none else kind
             options |= {"type": kind, "nargs": "+", "metavar": "N"}
         else:
             options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
@@ -85,7 +90,8 @@ def check_settings(s: SimpleNamespace) -> None:
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
         ("image_height", int, side, f"a whole number, at least {max(16, multiple)}"),
         ("image_width", int, side, f"a whole number, at least {max(16, multiple)}"),
-        ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)), "labels, such as 1 2, or to None"),
+        ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)),
+         "labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to None"),
         ("num_epochs", int, lambda v: v >= 1, "a whole number, at least 1"),
         ("accumulation", int, lambda v: v >= 1, "a whole number, at least 1"),
         ("batch_size", int, lambda v: v >= 1 and v % parts == 0, f"a whole number, {parts_of_batch}"),

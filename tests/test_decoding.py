@@ -214,7 +214,7 @@ def test_one_of_several_labels_may_be_chosen(capsys):
     data = prepared(chosen=(170,))
     np.testing.assert_array_equal(data.sample(1)[1][20:], scene(1)[1][20:])
     assert data.sample(0)[1].sum() == 0  # an object of 80
-    with pytest.raises(UserError, match=r"FOREGROUND_VALUES: 171 is in no mask of .*: choose from 0, 80, 170"):
+    with pytest.raises(UserError, match=r"FOREGROUND_VALUES: 171 is in no mask of .*: choose from 80, 170"):
         train.main([*LEARN, "--foreground-values", "171"])
     with pytest.raises(UserError, match="was trained with FOREGROUND_VALUES"):
         train.main([*LEARN, "--load-model"])
@@ -397,12 +397,28 @@ def test_void_is_kept_apart_and_said():
         known = data.sample(index)[1] != VOID
         assert data.infos["foreground"][index] == pytest.approx((data.sample(index)[1] == 1)[known].mean())
         assert data.infos["void"][index] == pytest.approx(1 - known.mean())
-    assert f"{100 * data.infos['void'].mean():.1f} %, which counts for nothing" in describe(data, data)
+    assert f"{100 * data.infos['void'].mean():.1f} %, ignored in the loss and in all scores" in describe(data, data)
 
 
 def test_255_is_foreground_where_no_mask_holds_small_labels_beside_it():
     draw(jpg, lambda m, s, i: Image.fromarray(m * np.uint8(1 if i % 2 else 255)).save(f"{s}.png"))
     assert all(np.array_equal(prepared().sample(index)[1], scene(index)[1]) for index in range(4))
+
+
+def test_void_may_be_chosen_as_foreground():
+    draw(jpg, void_png)
+    data = prepared(chosen=(255,))
+    np.testing.assert_array_equal(data.sample(0)[1], with_void(scene(0)[1]) == VOID)
+    assert "foreground is 255" in describe(data, data) and "void (255)" not in describe(data, data)
+    with pytest.raises(UserError, match="9 is in no mask of .*_masks: choose from 1$"):
+        prepared(chosen=(9,))
+
+
+def test_soft_masks_have_no_labels_to_choose():
+    draw(jpg, SOFT["0 to 1"])
+    assert "foreground is above half of the brightest" in describe(prepared(), prepared())
+    with pytest.raises(UserError, match="they hold no labels, so set it to None"):
+        prepared(chosen=(1,))
 
 
 def test_validation_means_what_training_means():
