@@ -195,6 +195,20 @@ class OperationCount(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def matmul_speed(device: Device, wait: Callable) -> float:
+    """GFLOP/s of a product of two large matrices in the device's precision."""
+    size = 2048 if device.device.type == "cpu" else 8192
+    some, other = (torch.randn(size, size, device=device.device, dtype=device.precision) for _ in range(2))
+
+    def products() -> None:
+        for _ in range(10):
+            some @ other
+        wait()
+
+    products()
+    return 10 * 2 * size**3 / 1e9 / min(seconds(products) for _ in range(5))
+
+
 def measure_step(name: str, s: SimpleNamespace) -> dict[str, float]:
     """A step's seconds and GFLOP, its optimizer's seconds and operations, the peak memory in MB, and the GFLOP/s of a
     product of two matrices.
@@ -242,23 +256,13 @@ def measure_step(name: str, s: SimpleNamespace) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter:
         model(images[:1]).sum().backward()
 
-    size = 2048 if device.type == "cpu" else 8192
-    some, other = (torch.randn(size, size, device=device, dtype=chosen.precision) for _ in range(2))
-
-    def products() -> None:
-        for _ in range(10):
-            some @ other
-        wait()
-
-    products()
-    peak = 10 * 2 * size**3 / 1e9 / min(seconds(products) for _ in range(5))
     return {
         "seconds": step_seconds,
         "gflop": s.batch_size * counter.get_total_flops() / 1e9,
         "optimizer_seconds": optimizer_seconds,
         "optimizer_operations": operations.count,
         "memory": memory,
-        "matmul": peak,
+        "matmul": matmul_speed(chosen, wait),
     }
 
 

@@ -410,7 +410,7 @@ def test_void_may_be_chosen_as_foreground():
     data = prepared(chosen=(255,))
     np.testing.assert_array_equal(data.sample(0)[1], with_void(scene(0)[1]) == VOID)
     assert "foreground is 255" in describe(data, data) and "void (255)" not in describe(data, data)
-    with pytest.raises(UserError, match="9 is in no mask of .*_masks: choose from 1$"):
+    with pytest.raises(UserError, match=r"9 is in no mask of .*_masks: choose from 1$"):
         prepared(chosen=(9,))
 
 
