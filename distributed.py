@@ -235,7 +235,9 @@ def run(main: Callable[[], None]) -> None:
     # Here the exception is gone, and with it the DataLoader that its frames held, and its workers
     if status:
         time.sleep(wait)  # during which torchrun ends this process, if another one has ended
-    if dist.is_initialized():  # after an error NCCL may wait for ever for a process that is gone
+    # A group that is left after an error may wait for ever for a process that is gone, and threads of one that has
+    # ended well have aborted the interpreter's end ("terminate called without an active exception")
+    if WORLD_SIZE > 1 or dist.is_initialized():
         if isinstance(status, str):
             print(status, file=sys.stderr)
         sys.stdout.flush()
