@@ -92,7 +92,7 @@ def classic_augmentation(s: SimpleNamespace) -> Callable:
         A.HorizontalFlip(p=0.5),
         A.Affine(scale=(0.85, 1.15), translate_percent=(-0.06, 0.06), rotate=(-8, 8), p=0.7, border_mode=4),
         A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
-        A.HueSaturationValue(hue_shift_limit=180, sat_shift_limit=50, val_shift_limit=30, p=0.5),
+        A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=30, val_shift_limit=20, p=0.5),  # 10 of 180 are 20°
         A.Normalize(s.mean, s.std),
         ToTensorV2(),
     ])  # fmt: skip

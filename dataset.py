@@ -259,7 +259,7 @@ class CarvanaDataset(Dataset):
             rows = [(tuple(key), tuple(info), Note(**note)) for key, info, note in index["rows"]]
             is_whole = data.stat().st_size == len(rows) * self._sample_bytes
             return (rule_from(index["rule"]), rows) if is_whole else None
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _suits(self, rule: Rule, rows: list) -> bool:
@@ -385,7 +385,7 @@ def describe_rule(data: CarvanaDataset) -> list[str]:
     """What the values of the files mean, a line for each thing that is not plain."""
     rule, lines = data.rule, []
     if rule.low is not None:
-        lines.append(f"photos with more than 8 bits a channel: {rule.low:.4g} becomes 0, {rule.high:.4g} becomes 255")
+        lines.append(f"photos with more than 8 bits a channel: {rule.low:.6g} becomes 0, {rule.high:.6g} becomes 255")
     shares = value_shares(data.notes)
     foreground = [value for value in sorted(shares) if value and not (rule.has_void and value == 255)]
     if rule.is_labels and len(foreground) > 1:

@@ -45,7 +45,6 @@ class Report:
         shown = np.linspace(0, len(val_set) - 1, min(s.page_photos, len(val_set))).round().astype(int)  # evenly spaced
         self.pictures = {index: {} for index in shown.tolist()}  # of the photos on the page, by their index
         self.batches = self.photos = 0  # of the validation under way
-        self.num_epochs = s.num_epochs
         self.board = tensorboard_writer(s.tensorboard_dir, vars(s)) if s.tensorboard_dir else None
 
     def __enter__(self) -> "Report":
@@ -62,7 +61,7 @@ class Report:
 
         Where the pictures before are not done, this epoch gets none, and a line says so. The last epoch waits for them.
         """
-        self.is_drawing = epoch == self.num_epochs or all(future.done() for future in self.pending)
+        self.is_drawing = epoch == self.settings["num_epochs"] or all(future.done() for future in self.pending)
         if not self.is_drawing:
             tqdm.write(f"Epoch {epoch} gets no pictures: those before it are still being drawn.")
             return None
