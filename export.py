@@ -1,7 +1,7 @@
 """Exports a network that train.py has trained to one ONNX file, with its preprocessing inside, and checks the file.
 
-    python export.py                                                           # car.onnx, from my_checkpoint_best.pth.tar
-    python export.py --checkpoint other_best.pth.tar --output other.onnx       # from and to other files
+    python export.py                                                       # my_checkpoint_best.pth.tar -> car.onnx
+    python export.py --checkpoint other_best.pth.tar --output other.onnx   # from and to other files
 
 The file takes "images", uint8 RGB (N, height, width, 3) at the network's size, for any N, and gives "probabilities",
 float32 (N, height, width). Its metadata say height, width, threshold and validation Dice. docs/export.md uses it.

@@ -198,9 +198,11 @@ class Prediction:
 
     @cached_property
     def alpha(self) -> Image.Image:
-        """The object's opacity, and no more than the photo's own."""
+        """The object's opacity, and no more than the photo's own, which may be larger than what is drawn."""
         alpha, opacity = soft_edge(self.probabilities, self.args.threshold), read_opacity(self.path)
-        return Image.fromarray(alpha if opacity is None else np.minimum(alpha, opacity))
+        if opacity is not None:
+            alpha = np.minimum(alpha, resize(Image.fromarray(opacity), alpha.shape))
+        return Image.fromarray(alpha)
 
     @cached_property
     def object(self) -> Image.Image:

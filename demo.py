@@ -1,0 +1,127 @@
+"""A page that cuts the objects out of photos which are dropped, pasted or taken with a camera.
+
+    python demo.py               # on http://127.0.0.1:7860; nothing leaves the machine
+    python demo.py --share       # and at a public address, through gradio's servers
+
+It needs gradio 6 (pip install gradio), whose variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT choose the address.
+"""
+
+import os
+import re
+import signal
+import sys
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+from PIL import Image, ImageColor
+
+import utils
+from decoding import UserError, enlarge, read_image
+from distributed import run
+from predict import Prediction, Predictor, find_photos, load_model, write_png
+from settings import Parser
+
+SHOWN = 1280  # pixels of the longer side of what is shown; what is downloaded has the photo's own size
+SECONDS = 3600  # that photos and results are kept; the end of the program removes them, too
+CHECKERS = Image.fromarray(np.kron(np.indices((80, 80)).sum(0) % 2 * 39 + 216, np.ones((16, 16))).astype(np.uint8))
+
+
+def reduced(path: Path, model: Predictor, side: int) -> Image.Image:
+    """A photo at `side` pixels at most."""
+    picture = Image.fromarray(read_image(path, None, model.rule))
+    picture.thumbnail((side, side))
+    return picture
+
+
+def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
+    """The page, a gr.Blocks. Of each photo it keeps the network's output, so that the threshold needs no network."""
+
+    @contextmanager
+    def one_sentence(path):
+        try:
+            yield
+        except UserError as error:
+            raise gr.Error(str(error).replace(str(path), path.name), print_exception=False) from error
+
+    def take(path, *choices):
+        if not path:  # the photo was taken away
+            return None, None, None
+        with one_sentence(path):
+            image, shown = read_image(path, model.size, model.rule), np.asarray(reduced(path, model, SHOWN))
+            kept = SimpleNamespace(path=path, image=image, logits=model(image[None])[0], shown=shown)
+        return kept, shown, draw(kept, *choices)
+
+    def take_example(event: gr.SelectData, threshold, is_coloured, colour):
+        return take(examples[event.index], threshold, is_coloured, colour)
+
+    def cut(kept, photo, threshold, is_coloured, colour):
+        rgb = ImageColor.getcolor(re.sub(r"\.\d+", "", colour), "RGB")  # "#1d9a8a" or "rgba(29.3, 154, 138, 1)"
+        flags = SimpleNamespace(threshold=threshold, background=rgb if is_coloured else CHECKERS.convert("RGB"))
+        return Prediction(kept.path, photo, enlarge(kept.logits, kept.image, photo), flags)
+
+    def draw(kept, *choices):
+        if kept:
+            with one_sentence(kept.path):
+                return kept.shown, cut(kept, kept.shown, *choices).on_background()
+
+    def save(kept, threshold, is_coloured, colour):
+        if not kept:
+            raise gr.Error("there is no photo yet: drop one first", print_exception=False)
+        with one_sentence(kept.path):
+            full = cut(kept, read_image(kept.path, None, model.rule), threshold, is_coloured, colour)
+            path = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]), f"{kept.path.stem}_cutout.png")
+            write_png(path, full.on_background() if is_coloured else full.cutout())
+        return path
+
+    with gr.Blocks(title="Cut out", analytics_enabled=False, delete_cache=(SECONDS // 10, SECONDS)) as page:
+        kept = gr.State(time_to_live=SECONDS)
+        with gr.Row():
+            photo = gr.Image(label="Photo", type="filepath", height=420)
+            photo.preprocess = lambda file: file and Path(file.path)  # gradio's own fails on broken files
+            pair = gr.ImageSlider(label="Photo | cut-out", interactive=False, max_height=420, buttons=["fullscreen"])
+        with gr.Row():
+            small = [reduced(path, model, 240) for path in examples]
+            gallery = gr.Gallery(
+                small, label="Examples", columns=4, height=170, allow_preview=False, visible=bool(small), buttons=[]
+            )
+            with gr.Column():
+                threshold = gr.Slider(0.01, 0.99, 0.5, step=0.01, label="Threshold")
+                is_coloured, colour = gr.Checkbox(label="On this colour:"), gr.ColorPicker("#1d9a8a", label="Colour")
+                button, file = gr.Button("Download PNG"), gr.DownloadButton(visible="hidden", elem_id="file")
+        choices = [threshold, is_coloured, colour]
+        results = [kept, photo, pair]
+        photo.input(take, [photo, *choices], results).failure(lambda: (None, None, None), None, results)
+        gallery.select(take_example, choices, results)
+        for choice in choices:  # input of gr.ColorPicker comes with the colour before
+            choice.change(draw, [kept, *choices], pair, trigger_mode="always_last", show_progress="hidden")
+        button.click(save, [kept, *choices], file).success(None, js="() => document.querySelector('#file').click()")
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first that is there]")
+    parser.add_argument("--share", action="store_true", help="gives the page a public address, too")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:  # gradio keeps files where this says, and sends no statistics
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        try:
+            import gradio as gr
+        except ImportError as error:
+            raise UserError(f"demo.py needs gradio ({error}): pip install gradio") from error
+        model, examples = load_model(args.checkpoint, args.device), []
+        with suppress(KeyError, UserError):  # four photos of the validation set, or none where they are gone
+            found = find_photos([utils.load_checkpoint(Path(args.checkpoint))["settings"]["val_img_dir"]])
+            examples = [found[len(found) * number // 4].path for number in range(4)]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # the computer's own
+        page = make_page(gr, model, examples).queue(max_size=32)
+        page.launch(share=args.share, theme=theme, ssr_mode=False, footer_links=[], run_history=False)
+
+
+if __name__ == "__main__":
+    run(main)
