@@ -79,9 +79,9 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
     with gr.Blocks(title="Cut out", analytics_enabled=False, delete_cache=(SECONDS // 10, SECONDS)) as page:
         kept = gr.State(time_to_live=SECONDS)
         with gr.Row():
-            photo = gr.Image(label="Photo", type="filepath", height=420)
+            photo = gr.Image(label="Photo", type="filepath", height=420, elem_id="photo")
             photo.preprocess = lambda file: file and Path(file.path)  # gradio's own fails on broken files
-            pair = gr.ImageSlider(label="Photo | cut-out", interactive=False, max_height=420, buttons=["fullscreen"])
+            pair = gr.ImageSlider(label="Photo | cut-out", max_height=420, buttons=["fullscreen"], elem_id="pair")
         with gr.Row():
             small = [reduced(path, model, 240) for path in examples]
             gallery = gr.Gallery(
@@ -95,7 +95,7 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
         results = [kept, photo, pair]
         photo.input(take, [photo, *choices], results).failure(lambda: (None, None, None), None, results)
         gallery.select(take_example, choices, results)
-        for choice in choices:  # input of gr.ColorPicker comes with the colour before
+        for choice in choices:
             choice.change(draw, [kept, *choices], pair, trigger_mode="always_last", show_progress="hidden")
         button.click(save, [kept, *choices], file).success(None, js="() => document.querySelector('#file').click()")
     return page
