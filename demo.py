@@ -47,8 +47,6 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
             raise gr.Error(str(error).replace(str(path), path.name), print_exception=False) from error
 
     def take(path, *choices):
-        if not path:  # the photo was taken away
-            return None, None, None
         with one_sentence(path):
             image, shown = read_image(path, model.size, model.rule), np.asarray(reduced(path, model, SHOWN))
             kept = SimpleNamespace(path=path, image=image, logits=model(image[None])[0], shown=shown)
@@ -93,7 +91,8 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
                 button, file = gr.Button("Download PNG"), gr.DownloadButton(visible="hidden", elem_id="file")
         choices = [threshold, is_coloured, colour]
         results = [kept, photo, pair]
-        photo.input(take, [photo, *choices], results).failure(lambda: (None, None, None), None, results)
+        photo.upload(take, [photo, *choices], results).failure(lambda: (None, None, None), None, results)
+        photo.clear(lambda: (None, None), None, [kept, pair], queue=False)
         gallery.select(take_example, choices, results)
         for choice in choices:
             choice.change(draw, [kept, *choices], pair, trigger_mode="always_last", show_progress="hidden")

@@ -179,6 +179,11 @@ def download(page: "sync_api.Page", to: Path) -> Image.Image:
     return Image.open(to)
 
 
+def take_away(page: "sync_api.Page") -> None:
+    page.get_by_label("Remove Image").click()
+    page.wait_for_function("!document.querySelector('#pair img')")
+
+
 def sizes(page: "sync_api.Page") -> set[tuple[int, int]]:
     pictures = page.locator("#pair img, #photo img")
     return set(map(tuple, pictures.evaluate_all("images => images.map(i => [i.naturalWidth, i.naturalHeight])")))
@@ -245,8 +250,7 @@ def test_examples_the_clipboard_and_the_camera_are_photos_too(page):
     before = shown(page)
     page.get_by_label("Thumbnail 2 of 4").click()
     before = changed(page, before)
-    page.get_by_label("Remove Image").click()
-    page.wait_for_function("!document.querySelector('#pair img')")
+    take_away(page)
     page.evaluate(
         """async () => {
             const canvas = new OffscreenCanvas(60, 40);
@@ -256,7 +260,7 @@ def test_examples_the_clipboard_and_the_camera_are_photos_too(page):
     )
     page.get_by_label("Paste from clipboard").click()
     before = changed(page, before)
-    page.get_by_label("Remove Image").click()
+    take_away(page)
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
     page.locator("[title='capture photo'], [aria-label='capture photo']").first.click()
