@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first that is there]")
     parser.add_argument("--share", action="store_true", help="gives the page a public address, too")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:  # gradio keeps files where this says, and sends no statistics
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # where gradio keeps files; no statistics
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
             import gradio as gr
@@ -118,8 +118,9 @@ def main(argv: list[str] | None = None) -> None:
             examples = [found[len(found) * number // 4].path for number in range(4)]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # the computer's own
-        page = make_page(gr, model, examples).queue(max_size=32)
-        page.launch(share=args.share, theme=theme, ssr_mode=False, footer_links=[], run_history=False)
+        with closing(make_page(gr, model, examples)) as page:
+            page.queue(max_size=32)
+            page.launch(share=args.share, theme=theme, ssr_mode=False, footer_links=[], run_history=False)
 
 
 if __name__ == "__main__":
