@@ -54,6 +54,18 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def copy(file: Path, target: Path) -> None:
+    with written_whole(target) as temporary:
+        shutil.copyfile(file, temporary)
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, or one that knows no hard links
+        copy(file, target)
+
+
 def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: Iterable[tuple]) -> Iterator[Future]:
     """Calls function(*item) in the pool, `depth` calls ahead of the caller. Yields their results' futures, in order."""
     items, running = iter(items), deque()
@@ -124,6 +136,16 @@ def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
 def stem_of(path: Path) -> str:
     """The name without its ending, in NFC: macOS writes names as NFD."""
     return unicodedata.normalize("NFC", path.stem)
+
+
+def free_name(stem: str, taken: set[str]) -> str:
+    """The stem, with a number if it is taken, which it then is: some disks take A.jpg and a.jpg for one."""
+    name, number = stem, 1
+    while name.casefold() in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name.casefold())
+    return name
 
 
 def read_sample(

@@ -144,7 +144,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path} is no readable image ({reason}): replace or remove it") from error
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after EXIF's orientation, tag 0x0112: 5 to 8 swap them."""
     return image.size if image.getexif().get(0x0112, 1) >= 5 else image.size[::-1]
 
@@ -177,7 +177,7 @@ def _levels(values: np.ndarray) -> list[float]:
     return np.quantile(values.reshape(-1)[places], np.linspace(0.001, 0.999, 33)).tolist()
 
 
-def _upright(pixels: np.ndarray, image: Image.Image) -> Image.Image:
+def upright(pixels: np.ndarray, image: Image.Image) -> Image.Image:
     """An array uint8 as an image, turned as the orientation of the image says that it was decoded from."""
     turned, orientation = Image.fromarray(pixels), image.getexif().get(0x0112, 1)
     if orientation != 1 and image.format != "TIFF":  # which Pillow and OpenCV have turned
@@ -201,7 +201,7 @@ def decode_image(
 ) -> tuple[np.ndarray, tuple[int, int], list[float] | None]:
     """The image of read_image, its own (height, width), and a Note's `levels`."""
     with opened(path) as image:
-        is_deep, own_size, levels = _is_deep(image), _upright_size(image), None
+        is_deep, own_size, levels = _is_deep(image), upright_size(image), None
         if is_deep:
             values = _deep_values(image, path)
             values = values[..., :3] if values.ndim == 3 else values
@@ -209,7 +209,7 @@ def decode_image(
             if rule is None or rule.low is None:
                 rule = Rule.of([Note(levels, "", None, 0)])
             values = (values.astype(np.float32) - rule.low) * (255 / max(rule.high - rule.low, 1e-30))
-            image = _upright(values.round(out=values).clip(0, 255, out=values).astype(np.uint8), image)
+            image = upright(values.round(out=values).clip(0, 255, out=values).astype(np.uint8), image)
         elif size:
             for scale in (8, 4, 2):
                 if all(-(-own // scale) >= wanted for own, wanted in zip(own_size, size, strict=True)):
@@ -237,7 +237,7 @@ def decode_mask(
 ) -> tuple[np.ndarray, tuple[int, int], Note]:
     """The mask of read_mask, uint8 (H, W) in {0, 1, VOID}, its own (height, width), and a Note of it."""
     with opened(path) as image:
-        is_deep, own_size = _is_deep(image), _upright_size(image)
+        is_deep, own_size = _is_deep(image), upright_size(image)
         coded = _deep_codes(_deep_values(image, path)) if is_deep else _codes(image, _is_lossy(image, path))
         codes, values, counts, kind = coded
         used = counts > 0
@@ -245,7 +245,7 @@ def decode_mask(
         rule = rule or Rule.of([note])
         meaning = np.zeros(len(values), np.uint8)
         meaning[used] = rule.of_mask(values[used], kind, note.values is not None)
-        mask = _upright(cv2.LUT(codes, meaning) if codes.dtype == np.uint8 else meaning[codes], image)
+        mask = upright(cv2.LUT(codes, meaning) if codes.dtype == np.uint8 else meaning[codes], image)
     return _resize_mask(np.asarray(mask), size, rule.has_void), own_size, note
 
 

@@ -3,6 +3,7 @@
     python predict.py photo.jpg folder 'more/*.png'               # predictions/<name>_mask.png: 255 on the car, else 0
     python predict.py folder --cutout --background white          # the car without its background, and on another
     python predict.py data/val_images --mask-dir data/val_masks   # and scores against the truth, worst photos first
+    python predict.py folder --labelme --label car                # outlines, to be corrected in LabelMe
     python predict.py test --submission submission.csv.gz         # Kaggle's format; continues where it was stopped
     torchrun --nproc_per_node=4 predict.py folder                 # shares the photos among four processes
 
@@ -30,11 +31,12 @@ from torch import nn
 from tqdm import tqdm
 
 import utils
-from dataset import NUM_THREADS, SUFFIXES, find_masks, in_threads, large_ones_wait, stem_of
+from annotations import write_labelme
+from dataset import NUM_THREADS, SUFFIXES, find_masks, free_name, in_threads, large_ones_wait, stem_of
 from decoding import VOID, Rule, UserError, decode_mask, enlarge, read_image, resize, rule_from
 from device import Device, choose_device, memory_errors
 from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
-from metrics import confusion, image_scores
+from metrics import boundary_f1, confusion, image_scores, uncertain_share
 from model import UNet
 from settings import Parser, check_ranges, check_writable
 from submission import Submission, check_table, rle_encode
@@ -276,12 +278,7 @@ def find_photos(inputs: list[str], mask_dir: Path | None) -> list[Photo]:
     masks, unused = find_masks(map(stem_of, paths.values()), mask_dir) if mask_dir else ({}, [])
     photos, taken = [], set()
     for path in paths.values():
-        name, number = path.stem, 1
-        while name.casefold() in taken:  # some disks take A.jpg and a.jpg for one
-            number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(name.casefold())
-        photos.append(Photo(path, name, masks.get(stem_of(path))))
+        photos.append(Photo(path, free_name(path.stem, taken), masks.get(stem_of(path))))
     without = [photo.path for photo in photos if mask_dir and not photo.mask]
     for kind, lonely in (("Masks without photo", unused), ("Photos without mask, not scored", without)):
         if lonely and RANK == 0:
@@ -332,30 +329,14 @@ def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, rule: Rule | Non
         runs = rle_encode(prediction.mask) if args.submission else None
         for kind in args.outputs:
             write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
+        if args.labelme:
+            path = args.output_dir / f"{photo.name}.json"
+            if not write_labelme(path, prediction.mask, photo.path, args.label, args.min_area):
+                tqdm.write(f"kept: {path}, which was made or corrected by hand")
         scores = score(prediction.mask, photo.mask, rule) if photo.mask else None
+        if args.labelme and not photo.mask:
+            scores = {"uncertain": uncertain_share(prediction.probabilities)}
     return photo, scores, runs
-
-
-def boundary_f1(prediction: np.ndarray, mask: np.ndarray, known: np.ndarray) -> float:
-    """F1 of two masks' boundaries, bool (H, W), as far as they are `known`, bool (H, W); 1 where both have none.
-
-    Precision is the share of the predicted boundary that lies within 0.75 % of the diagonal (17 pixels of a Carvana
-    photo) of the true one, recall the reverse: Csurka, Larlus, Perronnin and Meylan, "What is a good evaluation measure
-    for semantic segmentation?", BMVC 2013.
-    """
-    tolerance = 0.0075 * np.hypot(*mask.shape)
-    masks = (pixels.astype(np.uint8) for pixels in (prediction, np.where(known, mask, prediction)))
-    outlines = [(pixels - cv2.erode(pixels, np.ones((3, 3), np.uint8))) * known for pixels in masks]
-    if not all(outline.any() for outline in outlines):
-        return float(not any(outline.any() for outline in outlines))
-    x, y, width, height = cv2.boundingRect(outlines[0] | outlines[1])
-    predicted, true = (outline[y : y + height, x : x + width] for outline in outlines)
-    near_predicted, near_true = (
-        cv2.distanceTransform(1 - outline, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= tolerance
-        for outline in (predicted, true)
-    )
-    precision, recall = near_true[predicted > 0].mean(), near_predicted[true > 0].mean()
-    return float(2 * precision * recall / max(precision + recall, 1e-9))
 
 
 def score(mask: np.ndarray, path: Path, rule: Rule | None) -> dict[str, float]:
@@ -367,7 +348,8 @@ def score(mask: np.ndarray, path: Path, rule: Rule | None) -> dict[str, float]:
     pixels = mask > 0, true_mask == 1, true_mask != VOID
     counts = confusion(*(torch.from_numpy(part)[None] for part in pixels))
     scores = {name: value.item() for name, value in image_scores(*(part.double() for part in counts)).items()}
-    return scores | {"boundary_f1": boundary_f1(*pixels)}
+    scores["boundary_f1"] = boundary_f1(*pixels)
+    return {name: scores[name] for name in SCORES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +365,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for kind, (_, text) in OUTPUTS.items():
         takes_value = {"metavar": "COLOUR|IMAGE"} if kind == "background" else {"action": "store_true"}
         add(f"--{kind}", help=f"<name>_{kind}.png: {text}".replace("%", "%%"), **takes_value)
+    add("--labelme", action="store_true", help="<name>.json: the object's outlines, to correct them in LabelMe")
+    add("--label", default="object", help="the object's label in LabelMe's files [object]")
+    add("--min-area", type=int, default=10, help="smaller objects and holes are left out of these, in pixels [10]")
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")
     add("--mask-dir", type=Path, help="true masks: scores at the photos' original size, in <output-dir>/scores.csv")
     add("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
@@ -405,6 +390,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         (
             ("threshold", float, lambda v: 0 < v < 1, "a number between 0 and 1"),
             ("size", list | None, lambda v: v is None or min(v) >= 16, "height and width, at least 16"),
+            ("min_area", int, lambda v: v >= 0, "a whole number of pixels, at least 0"),
             ("batch_size", int, lambda v: v >= 1, "a whole number, at least 1"),
         ),
         lambda name: f"--{name.replace('_', '-')}",
@@ -457,7 +443,7 @@ def predict_all(
         finished = in_threads(pool, depth, finish, ((*item, model.rule, args) for item in logits))
         for photo, row, runs in without_failures(finished, failures):
             if row:
-                scores.append({"photo": str(photo.path)} | {name: row[name] for name in SCORES})
+                scores.append({"photo": str(photo.path)} | row)
             if submission:
                 submission.add(photo.path, runs)
             bar.update()
@@ -476,7 +462,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     model = load_network(args)
     photos = find_photos(args.inputs, args.mask_dir)
-    if args.outputs or args.mask_dir:
+    if args.outputs or args.mask_dir or args.labelme:
         check_writable(args.output_dir, "--output-dir")
     if args.mask_dir:
         check_table(args.output_dir / "scores.csv", "photo," + ",".join(SCORES))
@@ -496,11 +482,17 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     failed = sum(len(failures) for failures, _ in everyone)
-    scores = sorted((row for _, rows in everyone for row in rows), key=lambda row: row["dice"])
+    rows = [row for _, rows in everyone for row in rows]
+    scores = sorted((row for row in rows if "dice" in row), key=lambda row: row["dice"])
+    uncertain = sorted((row for row in rows if "uncertain" in row), key=lambda row: -row["uncertain"])
     print(f"{len(photos) - failed} photos in {time.perf_counter() - start:.1f} s: {args.submission or args.output_dir}")
     if scores:
         utils.save_metrics(scores, args.output_dir / "scores.csv")
         print_scores(scores)
+    if uncertain:
+        print(f"The least certain of {len(uncertain)} photos, and the share of the object that is:")
+        for row in uncertain[:20]:
+            print(f"{row['uncertain']:16.4f}  {row['photo']}")
     if submission:
         submission.write(is_complete=not failed)
     if failed:

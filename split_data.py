@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from dataset import SUFFIXES, car_of, find_pairs, read_sample, written_whole
+from dataset import SUFFIXES, car_of, copy, find_pairs, link_or_copy, read_sample, written_whole
 from decoding import UserError
 from distributed import run
 from settings import Parser
@@ -72,18 +72,6 @@ def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
             temporary.write_bytes(archive.read(member))
     except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
         raise UserError(f"{archive.filename} is damaged at {member.filename} ({error}): download it again") from error
-
-
-def copy(file: Path, target: Path) -> None:
-    with written_whole(target) as temporary:
-        shutil.copyfile(file, temporary)
-
-
-def link_or_copy(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # another disk, or one that knows no hard links
-        copy(file, target)
 
 
 def is_image(name: str) -> bool:
