@@ -257,7 +257,7 @@ def yolo(file: Path) -> Annotation:
     A row of five numbers is a box, which is no outline.
     """
     annotation = Annotation(file, file.with_suffix("").as_posix(), None)
-    names = class_names(file.parent)
+    names = class_names(file.parent.absolute())
     for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
@@ -278,8 +278,8 @@ def yolo(file: Path) -> Annotation:
 
 @cache
 def class_names(folder: Path) -> dict[int, str]:
-    """Of the nearest .yaml file with `names:` in this folder or in those above: as a list, or number: name."""
-    for above in (folder, *folder.absolute().parents[:3]):
+    """Of the .yaml file with `names:`, a list or number: name, in this folder, or in one of the two above."""
+    for above in (folder, *folder.parents[:2]):
         for file in sorted((*above.glob("*.yaml"), *above.glob("*.yml"))):
             text = re.sub(r"\s#.*", "", file.read_text("utf-8-sig", "replace"))
             listed = re.search(r"^names:\s*(\[[^]]*|\{[^}]*|([\s\S]+?)(?=^\w|\Z))", text, re.MULTILINE)

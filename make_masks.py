@@ -50,7 +50,7 @@ class Photos:
         self.paths: dict[str, list[Path]] = {}
         for path in paths:
             for name in {path.name, path.stem}:
-                self.paths.setdefault(nfc(name).casefold(), []).append(path)
+                self.paths.setdefault(key_of(name), []).append(path)
 
     def find(self, name: str, file: Path) -> Path | None:
         """The photo that a file names: where it says, seen from the file, else of that name among the sources.
@@ -61,7 +61,7 @@ class Photos:
         path = PureWindowsPath(name)  # takes / and \\ alike
         if not path.anchor and path.suffix.lower() in SUFFIXES and (file.parent / path.as_posix()).is_file():
             return file.parent / path.as_posix()
-        ranks = [(self.rank(found, path, file), found) for found in self.paths.get(nfc(path.name).casefold(), ())]
+        ranks = [(self.rank(found, path, file), found) for found in self.paths.get(key_of(path.name), ())]
         best = [found for rank, found in ranks if rank == max(ranks)[0]]
         if any(not best[0].samefile(other) for other in best[1:]):
             raise UserError(f"{file}: {path.name} is there twice, as {best[0]} and {best[1]}: give only one of them")
@@ -77,6 +77,10 @@ class Photos:
 
 def nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)  # macOS writes names as NFD
+
+
+def key_of(name: str) -> str:
+    return nfc(name).casefold()  # some disks take A.jpg and a.jpg for one
 
 
 def count_same(pairs: Iterable[tuple[str, str]]) -> int:
@@ -113,7 +117,7 @@ def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
     others = [file for file in files if file.suffix.lower() not in SUFFIXES]
     progress = partial(tqdm, desc="reading", unit="file", disable=None)
     photos = Photos(images)
-    read = {file: read_file(file, photos.find(file.stem, file) is not None) for file in progress(others)}
+    read = {file: read_file(file, key_of(file.stem) in photos.paths) for file in progress(others)}
     annotations = [annotation for found in read.values() for annotation in found or ()]
     if not annotations:
         found = {image: label_image(image) for image in progress(set(files) & set(images))}

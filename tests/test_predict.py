@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PREPROCESSING, save_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -25,31 +26,6 @@ import utils
 from decoding import read_mask
 from device import Device
 from model import UNet
-
-PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-
-@pytest.fixture
-def photos(project) -> list[Path]:
-    """Eight photos in data/val_images, and a random network that takes half of the first one for foreground."""
-    found = sorted(Path("data/val_images").iterdir())
-    for photo in found[8:]:
-        photo.unlink()
-        Path("data/val_masks", f"{photo.stem}_mask.gif").unlink()
-    torch.manual_seed(0)
-    model = UNet(3, 1, (8, 16))
-    torch.nn.init.normal_(model.head.weight)
-    save_network(model)
-    logits = predict.load_model("my_checkpoint_best.pth.tar")(decoding.read_image(found[0], (32, 48))[None])
-    torch.nn.init.constant_(model.head.bias, -np.median(logits))
-    save_network(model)
-    return found[:8]
-
-
-def save_network(model: UNet) -> None:
-    state = {"model": model.config}
-    state |= {"state_dict": model.state_dict(), "preprocessing": PREPROCESSING}
-    utils.save_checkpoint(state, Path("my_checkpoint_best.pth.tar"))
 
 
 def names(folder: str = "predictions") -> set[str]:
