@@ -24,8 +24,10 @@ from polygons import box_ring, ellipse_ring, outlines, polygon_mask, ring_of, tu
 from submission import rle_decode
 from utils import saving
 
-STUMBLES = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
-STUMBLES = (*STUMBLES, csv.Error, ElementTree.ParseError)  # of parsers, where a file does not hold what it should
+STUMBLES = (  # of parsers, where a file does not hold what it should
+    ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, csv.Error,
+    ElementTree.ParseError,
+)  # fmt: skip
 
 
 @dataclass
@@ -148,10 +150,10 @@ def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
 
     `has_photo` says whether there is a photo of the file's stem: then an empty file is YOLO's, without an object.
     """
-    with file.open("rb") as opened_file:
-        head = opened_file.read(4096).removeprefix(b"\xef\xbb\xbf").strip()
-    line = head.partition(b"\n")[0].decode("utf-8", "replace").strip().lower()
     with reading(file):
+        with file.open("rb") as content:
+            head = content.read(4096).removeprefix(b"\xef\xbb\xbf").strip()
+        line = head.partition(b"\n")[0].decode("utf-8", "replace").strip().lower()
         if re.match(rb'\{\s*"', head) or file.suffix.lower() == ".json":
             content = json.loads(file.read_text("utf-8-sig"))
             if isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys():

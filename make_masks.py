@@ -48,6 +48,7 @@ class Photos:
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths: dict[str, list[Path]] = {}
+        self.count = len(paths)
         for path in paths:
             for name in {path.name, path.stem}:
                 self.paths.setdefault(key_of(name), []).append(path)
@@ -61,8 +62,9 @@ class Photos:
         path = PureWindowsPath(name)  # takes / and \\ alike
         if not path.anchor and path.suffix.lower() in SUFFIXES and (file.parent / path.as_posix()).is_file():
             return file.parent / path.as_posix()
-        ranks = [(self.rank(found, path, file), found) for found in self.paths.get(key_of(path.name), ())]
-        best = [found for rank, found in ranks if rank == max(ranks)[0]]
+        ranks = {found: self.rank(found, path, file) for found in self.paths.get(key_of(path.name), ())}
+        highest = max(ranks.values(), default=None)
+        best = [found for found, rank in ranks.items() if rank == highest]
         if any(not best[0].samefile(other) for other in best[1:]):
             raise UserError(f"{file}: {path.name} is there twice, as {best[0]} and {best[1]}: give only one of them")
         return best[0] if best else None
@@ -120,8 +122,8 @@ def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
     read = {file: read_file(file, key_of(file.stem) in photos.paths) for file in progress(others)}
     annotations = [annotation for found in read.values() for annotation in found or ()]
     if not annotations:
-        found = {image: label_image(image) for image in progress(set(files) & set(images))}
-        annotations = [found[image] for image in sorted(found) if found[image]]
+        found = {image: label_image(image) for image in progress([file for file in files if file not in others])}
+        annotations = [annotation for annotation in found.values() if annotation]
         photos = Photos([image for image in images if not found.get(image)])
     if not annotations:
         kinds = "LabelMe, COCO, CVAT for images or YOLO, label images or run-length tables"
@@ -228,9 +230,16 @@ def extract(annotation: Annotation, path: Path) -> Path:
     with reading(f"{annotation.file}: its imageData"):
         content = annotation.embedded()
         with Image.open(io.BytesIO(content)) as image:
-            path = path.with_name(f"{path.name}.{image.format.lower()}")
+            path = path.with_name(f"{path.name}.{image.format.lower().replace('mpo', 'jpeg')}")
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path.suffix} is no kind of photo")
     path.write_bytes(content)
     return path
+
+
+def plain(text: str) -> str:
+    """What of a text may be part of a file's name everywhere."""
+    return re.sub(r"[^\w.-]", "_", text)
 
 
 def check_ours(folder: Path) -> None:
@@ -238,7 +247,7 @@ def check_ours(folder: Path) -> None:
     known = {}
     if (folder / MANIFEST).is_file():
         with reading(folder / MANIFEST):
-            known = json.loads((folder / MANIFEST).read_text("utf-8"))
+            known = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST and (name not in known or known[name] not in (None, checksum(path))):
@@ -257,9 +266,8 @@ def make(annotations: list[Annotation], photos: list[Path | None], args: argpars
         folder, taken = Path(temporary, "new"), set()
         for kind in ("images", "masks", "embedded"):
             (folder / kind).mkdir(parents=True)
-        stems = [
-            stem_of(photo or Path(PureWindowsPath(a.photo).name)) for a, photo in zip(annotations, photos, strict=True)
-        ]
+        embedded = (Path(plain(PureWindowsPath(annotation.photo).name)) for annotation in annotations)
+        stems = [stem_of(photo or other) for photo, other in zip(photos, embedded, strict=True)]
         names = [free_name(stem.removesuffix("_mask"), taken) for stem in stems]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             rows = pool.map(partial(write_pair, folder=folder, args=args), annotations, photos, names)
@@ -273,10 +281,8 @@ def make(annotations: list[Annotation], photos: list[Path | None], args: argpars
                 "would take void for the object: add --skip-empty, or leave it out"
             )
         shutil.rmtree(folder / "embedded")
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        manifest = {
-            path.relative_to(folder).as_posix(): checksum(path) if "masks" in path.parts[-2] else None for path in files
-        }
+        manifest = {f"images/{path.name}": None for path in sorted((folder / "images").iterdir())}
+        manifest |= {f"masks/{path.name}": checksum(path) for path in sorted((folder / "masks").iterdir())}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         args.output_dir.parent.mkdir(parents=True, exist_ok=True)
         if args.output_dir.exists():
@@ -295,13 +301,12 @@ def print_table(annotations: list[Annotation], rows: list[Row], args: argparse.N
         share = sum(row.areas[label] for row in rows) / sum(row.size for row in rows)
         use = "" if label in args.label else "  void" if label in args.ignore_label else "  not asked for"
         print(f"{label:{width}}  {showing:6}  {count:7}  {100 * share:5.1f} %{use}")
-    empty, turned = (sum(flags) for flags in zip(*((not row.has_object, row.is_turned) for row in rows), strict=True))
-    if empty:
+    if empty := sum(not row.has_object for row in rows):
         fate = "left out" if args.skip_empty else "with an empty mask; --skip-empty leaves them out"
         print(f"Photos without an object: {empty}, {fate}")
     if without_area := len(shapes) - counts.total():
         print(f"Shapes without an area (points, lines, boxes of COCO and YOLO): {without_area}, left out")
-    if turned:
+    if turned := sum(row.is_turned for row in rows):
         print(f"Photos that were annotated as they lie, without EXIF's orientation: {turned}; their masks are upright")
 
 
@@ -321,13 +326,16 @@ def main(argv: list[str] | None = None) -> None:
         if args.corrected:
             annotations = [annotation for annotation in annotations if not annotation.is_prediction]
         args.label = choose_labels(annotations, args.label, args.ignore_label)
-        args.output_dir = args.output_dir or Path(re.sub(r"[^\w.-]", "_", "_".join(("masks_of", *args.label))))
-        rows = make(annotations, match(annotations, photos), args)
+        args.output_dir = args.output_dir or Path("_".join(("masks_of", *map(plain, args.label))))
+        matched = match(annotations, photos)
+        rows = make(annotations, matched, args)
     except OSError as error:
         raise UserError(
             f"{error.filename}: {error.strerror}: make room there, or choose another --output-dir"
         ) from error
     print_table(annotations, rows, args)
+    if others := photos.count - sum(photo is not None for photo in matched):
+        print(f"Images that no file mentions: {others}, left out")
     if predictions:
         fate = "left out" if args.corrected else "taken; --corrected leaves them out"
         print(f"Predictions that nobody has saved in LabelMe since: {predictions}, {fate}")
