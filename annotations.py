@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from decoding import UserError, opened
+from pairing import MASK_SUFFIX
 from polygons import box_ring, ellipse_ring, outlines, polygon_mask, ring_of, turned
 from submission import rle_decode
 from utils import saving
@@ -325,7 +326,7 @@ def label_image(file: Path) -> Annotation | None:
         values, size = np.unique(np.asarray(image)).tolist(), image.size[::-1]
     if len(values) > 64:
         return None
-    annotation = Annotation(file, file.with_name(file.stem.removesuffix("_mask")).as_posix(), size)
+    annotation = Annotation(file, file.with_name(file.stem.removesuffix(MASK_SUFFIX)).as_posix(), size)
     for value in values:
         if value:
             annotation.add(int(value), partial(label_mask, file, value), f"label {int(value)}")

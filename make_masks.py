@@ -16,7 +16,6 @@ import re
 import shlex
 import shutil
 import tempfile
-import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -31,9 +30,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from annotations import Annotation, label_image, read_file, reading
-from dataset import NUM_THREADS, SUFFIXES, free_name, link_or_copy, stem_of
-from decoding import VOID, Note, UserError, holds_void, opened, upright, upright_size
+from dataset import NUM_THREADS, link_or_copy
+from decoding import VOID, Note, UserError, holds_void, opened, orientation_of, upright, upright_size
 from distributed import run
+from pairing import MASK_SUFFIX, SUFFIXES, free_name, is_image, key_of, nfc, stem_of
 from settings import Parser
 
 MANIFEST = "make_masks.json"  # in the output folder: what was written, so that nothing else is ever replaced
@@ -60,7 +60,7 @@ class Photos:
         path, and then with the file's own. Raises UserError where there are two.
         """
         path = PureWindowsPath(name)  # takes / and \\ alike
-        if not path.anchor and path.suffix.lower() in SUFFIXES and (file.parent / path.as_posix()).is_file():
+        if not path.anchor and is_image(path) and (file.parent / path.as_posix()).is_file():
             return file.parent / path.as_posix()
         ranks = {found: self.rank(found, path, file) for found in self.paths.get(key_of(path.name), ())}
         highest = max(ranks.values(), default=None)
@@ -75,14 +75,6 @@ class Photos:
         starts = zip(found.absolute().parts, file.absolute().parts, strict=False)
         is_exact = nfc(wanted.name) in (nfc(found.name), nfc(found.stem))
         return is_exact, count_same(ends), count_same(starts)
-
-
-def nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # macOS writes names as NFD
-
-
-def key_of(name: str) -> str:
-    return nfc(name).casefold()  # some disks take A.jpg and a.jpg for one
 
 
 def count_same(pairs: Iterable[tuple[str, str]]) -> int:
@@ -106,7 +98,7 @@ def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
             is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
             if is_hidden or not path.is_file() or ours.intersection(path.parents):
                 continue
-            if path.suffix.lower() in SUFFIXES:
+            if is_image(path):
                 images.append(path)
             if source.is_dir() or path == source:
                 files.append(path)
@@ -116,7 +108,7 @@ def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
 def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
     """What all files say, and the photos. Label images count as such only where nothing else is annotated."""
     files, images = list_files(sources)
-    others = [file for file in files if file.suffix.lower() not in SUFFIXES]
+    others = [file for file in files if not is_image(file)]
     progress = partial(tqdm, desc="reading", unit="file", disable=None)
     photos = Photos(images)
     read = {file: read_file(file, key_of(file.stem) in photos.paths) for file in progress(others)}
@@ -191,7 +183,9 @@ def draw(
     It is 255 on the labels, or 1 where there are ignored ones, which are VOID. Raises UserError.
     """
     with opened(photo) as image:
-        upright_as, lies_as = upright_size(image), image.size[::-1]
+        upright_as = lies_as = upright_size(image)
+        if orientation_of(image) >= 5 and image.format != "TIFF":  # which Pillow turns itself
+            lies_as = upright_as[::-1]
         size = annotation.size or upright_as
         if size not in (upright_as, lies_as):
             written, own = (f"{width} x {height}" for height, width in (size, upright_as))
@@ -221,7 +215,7 @@ def write_pair(annotation: Annotation, photo: Path | None, name: str, folder: Pa
     has_object = (1 if args.ignore_label else 255) in values
     if has_object or not args.skip_empty:
         link_or_copy(photo.resolve(), folder / "images" / f"{name}{photo.suffix.lower()}")
-        Image.fromarray(mask).save(folder / "masks" / f"{name}_mask.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{name}{MASK_SUFFIX}.png")
     return Row(areas, mask.size, has_object, is_turned, note)
 
 
@@ -268,7 +262,7 @@ def make(annotations: list[Annotation], photos: list[Path | None], args: argpars
             (folder / kind).mkdir(parents=True)
         embedded = (Path(plain(PureWindowsPath(annotation.photo).name)) for annotation in annotations)
         stems = [stem_of(photo or other) for photo, other in zip(photos, embedded, strict=True)]
-        names = [free_name(stem.removesuffix("_mask"), taken) for stem in stems]
+        names = [free_name(stem.removesuffix(MASK_SUFFIX), taken) for stem in stems]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             rows = pool.map(partial(write_pair, folder=folder, args=args), annotations, photos, names)
             rows = list(tqdm(rows, desc="drawing", total=len(names), unit="photo", disable=None))
