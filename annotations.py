@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from decoding import UserError, opened
 from pairing import MASK_SUFFIX
@@ -27,7 +28,7 @@ from utils import saving
 
 STUMBLES = (  # of parsers, where a file does not hold what it should
     ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, csv.Error,
-    ElementTree.ParseError,
+    ElementTree.ParseError, Image.DecompressionBombError, cv2.error,
 )  # fmt: skip
 
 
@@ -85,8 +86,8 @@ def placed(part: Callable[[], np.ndarray], left: int, top: int, size: tuple[int,
 
 def counts_mask(counts: list[int], size: tuple[int, int], order: str = "C") -> np.ndarray:
     """Of run lengths, alternately background and object, along the rows (order "C") or down the columns ("F")."""
-    counts = np.array(counts, np.int64)
-    if counts.sum() != size[0] * size[1] or (counts < 0).any():
+    counts, pixels = np.array(counts, np.int64), size[0] * size[1]
+    if counts.sum() != pixels or (counts < 0).any() or pixels > 1e9:
         raise ValueError(f"its run lengths do not fill {size[1]} x {size[0]} pixels")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size, order=order)
 

@@ -333,8 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     if predictions:
         fate = "left out" if args.corrected else "taken; --corrected leaves them out"
         print(f"Predictions that nobody has saved in LabelMe since: {predictions}, {fate}")
-    folders = (shlex.quote(str(args.output_dir / kind)) for kind in ("images", "masks"))
-    print("Next:", "python split_data.py", *folders)
+    print("python split_data.py", *(shlex.quote(str(args.output_dir / kind)) for kind in ("images", "masks")))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_every_format_gives_the_same_mask(kind, capsys):
     lines = capsys.readouterr().out.splitlines()
     share = f"{100 * inside(CAR).mean():.1f}"
     assert lines[1].split() == [label, "1", "1", share, "%"] and lines[2].endswith("not asked for")
-    assert lines[-1] == "Next: python split_data.py out/images out/masks"
+    assert lines[-1] == "python split_data.py out/images out/masks"
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -511,6 +511,13 @@ def test_coco_without_its_category_or_image_names_the_annotation():
     for wrong in ({"category_id": 5}, {"image_id": 5}):
         write("photos/a.json", coco_file({"segmentation": [flat(CAR)]} | wrong))
         assert "annotation 100" in error_of("photos")
+
+
+def test_a_mask_that_would_fill_the_memory_is_refused():
+    photo("photos/a.jpg")
+    mask = '<mask label="car" rle="0,1000000000000" left="0" top="0" width="1000000" height="1000000"></mask>'
+    write("photos/a.xml", cvat_file(mask))
+    assert "photos/a.xml: image a.jpg, shape 1 (car)" in error_of("photos")
 
 
 def test_videos_of_cvat_are_sent_back():
