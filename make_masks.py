@@ -48,7 +48,7 @@ class Photos:
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths: dict[str, list[Path]] = {}
-        self.count = len(paths)
+        self.count = sum(not path.stem.endswith(MASK_SUFFIX) for path in paths)
         for path in paths:
             for name in {path.name, path.stem}:
                 self.paths.setdefault(key_of(name), []).append(path)
@@ -328,8 +328,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{error.filename}: {error.strerror}: make room there, or choose another --output-dir"
         ) from error
     print_table(annotations, rows, args)
-    if others := photos.count - sum(photo is not None for photo in matched):
-        print(f"Images that no file mentions: {others}, left out")
+    if (others := photos.count - sum(photo is not None for photo in matched)) > 0:
+        print(f"Photos that no file mentions: {others}, left out")
     if predictions:
         fate = "left out" if args.corrected else "taken; --corrected leaves them out"
         print(f"Predictions that nobody has saved in LabelMe since: {predictions}, {fate}")

@@ -78,7 +78,7 @@ def outlines(mask: np.ndarray, min_area: int) -> Iterator[np.ndarray]:
         holes = [hole for hole in holes if count_pixels(hole) >= min_area]
         pixels = count_pixels(outer) - sum(map(count_pixels, holes))
         if pixels >= min_area:
-            share = 0.005 * pixels / sum(map(len, (outer, *holes)))  # each may change so many for each of its corners
+            share = 0.007 * pixels / sum(map(len, (outer, *holes)))  # each may change so many for each of its corners
             rings = [simplified(ring, share * len(ring)) for ring in (outer, *holes)]
             yield with_slits(rings) + np.array((left - 0.5, top - 0.5))
 
@@ -93,7 +93,7 @@ def simplified(ring: np.ndarray, may_change: float) -> np.ndarray:
     shift = ring.min(0).round() - 1.5  # into a box of its own, in which the centres are polygon_mask's
     size = tuple(np.ceil(ring.max(0) - shift).astype(int)[::-1] + 1)
     exact = polygon_mask([ring - shift], size)
-    for tolerance in (0.7, 0.35):
+    for tolerance in (0.7, 0.5, 0.35):  # with 0.7, the ring stays within a pixel of the edge
         simple = cv2.approxPolyDP(ring.astype(np.float32), tolerance, True)[:, 0].astype(np.float64)
         if len(simple) > 2 and np.count_nonzero(polygon_mask([simple - shift], size) ^ exact) <= may_change:
             return simple
