@@ -186,24 +186,24 @@ def draw(
         upright_as = lies_as = upright_size(image)
         if orientation_of(image) >= 5 and image.format != "TIFF":  # which Pillow turns itself
             lies_as = upright_as[::-1]
-        size = annotation.size or upright_as
-        if size not in (upright_as, lies_as):
-            written, own = (f"{width} x {height}" for height, width in (size, upright_as))
-            raise UserError(
-                f"{annotation.file} was made on a photo of {written} pixels, but {photo} has {own}: give that photo"
-            )
-        mask, areas = np.zeros(size, np.uint8), Counter()
-        for shape in sorted(annotation.shapes, key=lambda shape: shape.label in ignored):  # void lies on top
-            if shape.draw:
-                with reading(f"{annotation.file}: {shape.place}"):
-                    pixels = shape.draw(size)
-                areas[shape.label] += np.count_nonzero(pixels)
-                if shape.label in ignored:
-                    mask[pixels] = VOID
-                elif shape.label in labels:
-                    mask[pixels] = 1 if ignored else 255
-        is_turned = size != upright_as
-        return np.asarray(upright(mask, image)) if is_turned else mask, areas, is_turned
+    size = annotation.size or upright_as
+    if size not in (upright_as, lies_as):
+        written, own = (f"{width} x {height}" for height, width in (size, upright_as))
+        raise UserError(f"{annotation.file} is of a photo of {written} pixels, but {photo} has {own}: give that photo")
+    mask, areas = np.zeros(size, np.uint8), Counter()
+    for shape in sorted(annotation.shapes, key=lambda shape: shape.label in ignored):  # void lies on top
+        if shape.draw:
+            with reading(f"{annotation.file}: {shape.place}"):
+                pixels = shape.draw(size)
+            areas[shape.label] += np.count_nonzero(pixels)
+            if shape.label in ignored:
+                mask[pixels] = VOID
+            elif shape.label in labels:
+                mask[pixels] = 1 if ignored else 255
+    if is_turned := size != upright_as:
+        with opened(photo) as image:
+            mask = np.asarray(upright(mask, image))
+    return mask, areas, is_turned
 
 
 def write_pair(annotation: Annotation, photo: Path | None, name: str, folder: Path, args: argparse.Namespace) -> Row:
