@@ -43,7 +43,9 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
     The file that was there is kept as `previous`, if that is given.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(
+        f"{path.name[:-4]}.tmp"
+    )  # no longer than the name, which may be as long as a disk allows
     try:
         yield temporary
         if previous and path.exists():
@@ -384,7 +386,7 @@ def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
     lines += describe_rule(train)
     for data in (train, val):
         if turned := sum(note.is_turned for note in data.notes):
-            lines.append(f"turned by EXIF: {turned} photos of {data.image_dir}, whose masks are taken as upright")
+            lines.append(f"photos turned by EXIF in {data.image_dir}: {turned}; their masks are taken as upright")
         for folder in (data.image_dir, data.mask_dir):
             lines += passed_over(files_in(folder), folder)
     known = set(train.infos["checksum"].tolist())

@@ -148,10 +148,11 @@ def rule_from(entries: dict | None) -> Rule | None:
 def opened(path: Path) -> Iterator[Image.Image]:
     """An image opened with Pillow. Pillow raises many kinds of errors on broken files: each becomes a UserError."""
     try:
-        with Image.open(path) as image:
+        # As a file, not by its name: Pillow maps an uncompressed TIFF into memory by its turned size, so garbled
+        with path.open("rb") as file, Image.open(file) as image:
             yield image
     except Exception as error:
-        reason = str(error).replace(f" {str(path)!r}", "").removesuffix(":")
+        reason = re.sub(rf" <_io.*>| {re.escape(repr(str(path)))}", "", str(error)).removesuffix(":")
         advice = ADVICE.get(path.suffix.lower()) if isinstance(error, UnidentifiedImageError) else None
         raise UserError(f"{path} is no readable image ({reason}): {advice or 'replace or remove it'}") from error
 

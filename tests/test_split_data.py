@@ -202,3 +202,16 @@ def test_one_car_cannot_be_split(download, drawn):
             shutil.copy(path, "one")
     with pytest.raises(UserError, match=car):
         split("one")
+
+
+def test_masks_of_another_suffix_get_train_pys(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(drawn / "train_images", "photos")
+    Path("photos/notes.txt").write_text("mine")
+    Path("masks").mkdir()
+    for mask in (drawn / "train_masks").iterdir():
+        shutil.copy(mask, Path("masks", mask.name.replace("_mask", "-label")))
+    split("photos", "masks", "--mask-suffix=-label", "--move")
+    check()
+    assert "passed over in the sources, by their endings: 1, such as notes.txt" in capsys.readouterr().out
+    assert not list(Path("masks").iterdir()) and [path.name for path in Path("photos").iterdir()] == ["notes.txt"]
