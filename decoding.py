@@ -22,8 +22,6 @@ cv2.setNumThreads(0)  # several threads or workers call it on small samples: Ope
 Image.MAX_IMAGE_PIXELS = 300_000_000  # Pillow warns above, and refuses twice that; a telephone's photo may have 200
 Image.core.set_blocks_max(16)  # Pillow keeps memory that it would give back: decoding in full takes half the time
 
-# What to do about files of these endings that Pillow does not know
-ADVICE = dict.fromkeys((".heic", ".heif"), "pip install pillow-heif") | {".avif": "pip install --upgrade pillow"}
 PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the colours of an ICC profile -> Pillow's mode
 
 DARK = 32  # of 255: below it a mask's values are labels, or in a JPEG noise
@@ -153,8 +151,21 @@ def opened(path: Path) -> Iterator[Image.Image]:
             yield image
     except Exception as error:
         reason = re.sub(rf" <_io.*>| {re.escape(repr(str(path)))}", "", str(error)).removesuffix(":")
-        advice = ADVICE.get(path.suffix.lower()) if isinstance(error, UnidentifiedImageError) else None
-        raise UserError(f"{path} is no readable image ({reason}): {advice or 'replace or remove it'}") from error
+        advice = "replace or remove it"
+        if isinstance(error, UnidentifiedImageError):
+            reason, advice = _unknown_kind(path)
+        raise UserError(f"{path} is no readable image ({reason}): {advice}") from error
+
+
+def _unknown_kind(path: Path) -> tuple[str, str]:
+    """Of a file that Pillow does not know: why, and what to do. Phones name HEIC .jpg, too."""
+    with path.open("rb") as file:
+        kind = file.read(12)[4:]
+    if kind in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "it is HEIC", "run pip install pillow-heif, which reads it, or save it as JPEG"
+    if kind == b"ftypavif":
+        return "it is AVIF", "run pip install --upgrade pillow, which reads it, or save it as JPEG"
+    return "it is of no known kind", "replace or remove it"
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -232,7 +243,7 @@ def _opacity(image: Image.Image) -> Image.Image | None:
     """A grey image, 255 where nothing is transparent; None for none, as for a channel that says 0 everywhere."""
     if not image.has_transparency_data:
         return None
-    opacity = image.convert("RGBA").getchannel("A")
+    opacity = (image if "A" in image.mode else image.convert("RGBA")).getchannel("A")
     return None if opacity.getextrema() in ((255, 255), (0, 0)) else opacity
 
 
@@ -252,7 +263,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     """The image with white where it is transparent, in a mode that resizing mixes: RGB, grey or CMYK."""
     mode = {"1": "L", "LA": "L"}.get(image.mode, image.mode if image.mode in ("L", "CMYK") else "RGB")
     opacity = _opacity(image)
-    if image.has_transparency_data:
+    if image.has_transparency_data and image.mode not in ("RGBA", "LA"):
         image = image.convert("RGBA")
     if image.mode != mode:  # converting would copy it
         image = image.convert(mode)
@@ -271,7 +282,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         if PROFILE_MODES.get(source.profile.xcolor_space) != mode:
             return None
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):  # it is broken: other programs show such photos, too
+    except (ImageCms.PyCMSError, OSError, ValueError):  # it is broken: other programs show such photos, too
         return None
     levels = np.indices((9, 9, 9), np.uint8).reshape(3, 27, 27).T.copy() * 31
     colours = Image.fromarray(levels).convert(mode)
@@ -282,10 +293,10 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 def read_image(path: Path, size: tuple[int, int] | None = None, rule: Rule | None = None) -> np.ndarray:
     """Decodes an image of any kind to upright RGB, uint8 (H, W, 3), resized to `size` (height, width) if that is given.
 
-    Transparent pixels are laid on white, and colours of an ICC profile become sRGB's. What has more than 8 bits a
-    channel is scaled by the rule, or without one by its own range. A JPEG is decoded at 1/2, 1/4 or 1/8 where that is
-    not smaller than `size`: 1.7 ms instead of 11 for 1918 x 1280. Raises UserError if the file cannot be decoded to its
-    end.
+    Transparent pixels are laid on white, unless all of them are transparent, and colours of an ICC profile become
+    sRGB's. What has more than 8 bits a channel is scaled by the rule, or without one by its own range. A JPEG is
+    decoded at 1/2, 1/4 or 1/8 where that is not smaller than `size`: 1.7 ms instead of 11 for 1918 x 1280. Raises
+    UserError if the file cannot be decoded to its end.
     """
     return decode_image(path, size, rule)[0]
 
@@ -308,8 +319,10 @@ def decode_image(
         ImageOps.exif_transpose(image, in_place=True)
         image = resize(_on_white(image), size)
         transform = profile and _to_srgb(profile, image.mode)
-        if transform:
-            image = ImageCms.applyTransform(image, transform)  # after resizing: 0.4 ms instead of 26
+        if transform and image.mode == "RGB":  # after resizing: 0.4 ms instead of 26
+            transform.apply_in_place(image)
+        elif transform:
+            image = ImageCms.applyTransform(image, transform)
         return np.array(image if image.mode == "RGB" else image.convert("RGB")), own_size, levels, is_turned
 
 
@@ -343,8 +356,13 @@ def decode_mask(
 
 
 def _is_lossy(image: Image.Image, path: Path) -> bool:
-    """Whether compression has changed the values: a JPEG, or a WebP that is not of the lossless kind."""
-    return image.format in ("JPEG", "MPO") or (image.format == "WEBP" and b"VP8L" not in path.read_bytes())
+    """Whether compression has changed the values: a JPEG, or a WebP or JPEG 2000 that is not of the lossless kind."""
+    if image.format == "WEBP":
+        return b"VP8L" not in path.read_bytes()
+    if image.format == "JPEG2000":  # in its coding style, 1 is the reversible wavelet: ISO/IEC 15444-1, table A.20
+        _, _, style = path.read_bytes().partition(b"\xff\x52")
+        return style[11:12] != b"\1"
+    return image.format in ("JPEG", "MPO", "AVIF", "HEIF")
 
 
 # Codes (H, W), the value that each of them stands for, how often each occurs, and a Note's kind

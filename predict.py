@@ -38,7 +38,7 @@ from device import Device, choose_device, memory_errors
 from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
 from metrics import boundary_f1, confusion, image_scores, uncertain_share
 from model import UNet
-from pairing import MASK_SUFFIX, SUFFIXES, find_masks, free_name, is_image, passed_over, stem_of
+from pairing import MASK_SUFFIX, SUFFIXES, find_masks, free_name, is_image, other_suffix, passed_over, stem_of
 from settings import Parser, check_ranges, check_writable
 from submission import Submission, check_table, rle_encode
 
@@ -278,7 +278,7 @@ def find_photos(inputs: list[str]) -> list[Photo]:
         elif not folder.exists():
             found = sorted(map(Path, glob.glob(given, recursive=True)))  # noqa: PTH207
         if found != [folder]:
-            found = [path for path in found if is_image(path)]
+            found = [path for path in found if is_image(path) and path.is_file()]
         found = [path for path in found if not (path.stem.endswith(tuple(OUTPUTS)) and is_ours(path))]
         if not found:
             raise UserError(f"{given}: no photos there ({', '.join(SUFFIXES)}): correct the path")
@@ -302,6 +302,8 @@ def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:
         if photo.mask and (other := of.setdefault(photo.mask, photo.path)) != photo.path:
             raise UserError(f"{photo.mask} is the mask of both {other} and {photo.path}: give one of them at a time")
     without = [photo.path for photo in photos if not photo.mask]
+    if len(without) == len(photos):
+        raise UserError(f"no photo has a mask in {mask_dir}: {other_suffix(stems[0], stems, unused)}")
     for kind, lonely in (("Masks without photo", unused), ("Photos without mask, not scored", without)):
         if lonely and RANK == 0:
             print(f"{kind}: {len(lonely)}, such as {lonely[0]}")

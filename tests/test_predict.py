@@ -590,6 +590,25 @@ def test_any_name_is_predicted_and_in_the_tables(photos):
         assert len(list(csv.DictReader(file))) == len(odd)
 
 
+def test_masks_of_another_suffix_are_named(photos):
+    for mask in Path("data/val_masks").iterdir():
+        mask.rename(mask.with_name(mask.name.replace("_mask", "_seg")))
+    message = error_of("data/val_images", "--mask-dir", "data/val_masks")
+    assert "no photo has a mask in data/val_masks: found" in message and "is it --mask-suffix _seg?" in message
+
+
+def test_a_submissions_damaged_line_is_predicted_again(photos):
+    photos[1].write_bytes(b"broken")
+    error_of("data/val_images", "--submission", "s.csv")
+    (part,) = Path().glob("*.part")
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join([bytes(40) + b"\n", *lines[1:]]))
+    photos[1].unlink()
+    run("data/val_images", "--submission", "s.csv")
+    with Path("s.csv").open() as file:
+        assert len(list(csv.reader(file))) == 8
+
+
 def test_one_mask_is_not_that_of_two_photos(photos):
     for folder in ("a", "b"):
         Path(folder).mkdir()
@@ -609,8 +628,8 @@ def test_masks_of_another_suffix_are_found(photos):
 
 def test_what_is_passed_over_is_counted_and_heic_is_named(photos, capsys):
     for name in ("notes.txt", "raw.dng", "x.heic", ".hidden"):
-        Path("data/val_images", name).write_text("?")
+        Path("data/val_images", name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
     assert "1 of 9 photos" in error_of("data/val_images")
     printed = capsys.readouterr()
-    assert "passed over in data/val_images, by their endings: 2, such as notes.txt" in printed.out
+    assert "passed over in data/val_images, no photos by their endings: 2, such as notes.txt" in printed.out
     assert "x.heic is no readable image" in printed.err and "pip install pillow-heif" in printed.err
