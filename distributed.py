@@ -226,7 +226,11 @@ def reserved(s: SimpleNamespace) -> Iterator[None]:
     with ExitStack() as locks:
         for setting, file in files.items() if RANK == 0 else ():
             try:
-                locks.enter_context(FileLock(file, timeout=LOCK_SECONDS))
+                try:
+                    locks.enter_context(FileLock(file, timeout=0))
+                except Timeout:
+                    tqdm.write(f"Another run is writing there: waiting {LOCK_SECONDS} seconds for its end.")
+                    locks.enter_context(FileLock(file, timeout=LOCK_SECONDS))
             except Timeout as error:
                 used = f"{setting} {getattr(s, setting.lower())}"
                 raise UserError(f"{used} is in use by another run: wait for its end, or choose another") from error

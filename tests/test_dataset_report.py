@@ -125,6 +125,6 @@ def test_files_that_are_passed_over_are_counted(project):
         Path("data/train_images", name).write_text("?")
     Path("data/val_masks/below").mkdir()
     assert report()[3:] == [
-        "passed over in data/train_images, by their endings: 2, such as Thumbs.db",
-        "passed over in data/val_masks, by their endings: 1, such as below",
+        "passed over in data/train_images, no photos by their endings: 2, such as Thumbs.db",
+        "passed over in data/val_masks, no photos by their endings: 1, such as below",
     ]

@@ -269,6 +269,14 @@ def test_profiles_of_srgb_of_other_modes_and_broken_ones_change_nothing(icc):
     np.testing.assert_array_equal(read_image(path), COLOURS)
 
 
+def test_a_profile_with_any_bytes_wrong_leaves_a_photo_readable():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        broken = np.frombuffer(P3, np.uint8).copy()
+        broken[random.integers(0, 128, 3)] = random.integers(0, 256, 3)
+        assert read_image(save(RGB, "photo.png", icc_profile=broken.tobytes())).shape == COLOURS.shape
+
+
 def test_masks_are_values_whatever_their_profile_says():
     path = save(Image.fromarray(GREYS), "mask.png", icc_profile=LINEAR_GREY)
     np.testing.assert_array_equal(read_mask(path), read_mask(save(Image.fromarray(GREYS), "plain.png")))
@@ -283,7 +291,7 @@ def test_masks_are_values_whatever_their_profile_says():
 def test_a_mask_that_lies_as_a_turned_photo_is_stored_is_refused(name, orientation):
     photo = save(RGB, name, orientation)
     mask = save(Image.fromarray(GREYS).transpose(UNTURNED[orientation]), "mask.png")
-    with pytest.raises(UserError, match=r"but its image .* is 96 x 64 \(turned by EXIF\)"):
+    with pytest.raises(UserError, match="is 96 x 64: turn the mask upright, as EXIF turns the image"):
         read_sample(photo, mask, (HEIGHT, WIDTH))
 
 
@@ -298,7 +306,26 @@ def test_an_orientation_that_there_is_not_turns_nothing(orientation):
 
 
 def test_a_telephones_heic_is_named_with_what_reads_it():
-    Path("photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     assert ".heic" in SUFFIXES
-    with pytest.raises(UserError, match=r"photo\.heic is no readable image .*: pip install pillow-heif"):
-        read_image(Path("photo.heic"))
+    for name in ("photo.heic", "named.jpg"):
+        Path(name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+        with pytest.raises(
+            UserError, match=rf"{name} .*\(it is HEIC\): run pip install pillow-heif, which reads it, or"
+        ):
+            read_image(Path(name))
+
+
+@pytest.mark.parametrize("quality", [50, 75, 90])
+@pytest.mark.parametrize("top", [200, 254])
+@pytest.mark.parametrize("name", ["m.avif", "m.webp", "m.jpg", "m.jp2"])
+def test_the_noise_of_lossy_masks_is_no_label(name, top, quality):
+    rows, columns = np.mgrid[:200, :300]
+    mask = ((rows - 100) / 70) ** 2 + ((columns - 150) / 110) ** 2 < 1
+    lossy = {"irreversible": True, "quality_mode": "dB", "quality_layers": [30 + quality / 10]}
+    save(Image.fromarray(mask * np.uint8(top)), name, **(lossy if name == "m.jp2" else {"quality": quality}))
+    assert (read_mask(Path(name)) != mask).mean() < 0.001
+
+
+def test_labels_in_a_lossless_jpeg_2000_are_labels():
+    save(Image.fromarray(GREYS // 90), "labels.jp2", irreversible=False)
+    np.testing.assert_array_equal(read_mask(Path("labels.jp2")), GREYS >= 90)

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import PREPROCESSING, save_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -28,31 +29,6 @@ import utils
 from decoding import read_mask
 from device import Device
 from model import UNet
-
-PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-
-@pytest.fixture
-def photos(project) -> list[Path]:
-    """Eight photos in data/val_images, and a random network that takes half of the first one for foreground."""
-    found = sorted(Path("data/val_images").iterdir())
-    for photo in found[8:]:
-        photo.unlink()
-        Path("data/val_masks", f"{photo.stem}_mask.gif").unlink()
-    torch.manual_seed(0)
-    model = UNet(3, 1, (8, 16))
-    torch.nn.init.normal_(model.head.weight)
-    save_network(model)
-    logits = predict.load_model("my_checkpoint_best.pth.tar")(decoding.read_image(found[0], (32, 48))[None])
-    torch.nn.init.constant_(model.head.bias, -np.median(logits))
-    save_network(model)
-    return found[:8]
-
-
-def save_network(model: UNet) -> None:
-    state = {"model": model.config}
-    state |= {"state_dict": model.state_dict(), "preprocessing": PREPROCESSING}
-    utils.save_checkpoint(state, Path("my_checkpoint_best.pth.tar"))
 
 
 def names(folder: str = "predictions") -> set[str]:
@@ -614,6 +590,25 @@ def test_any_name_is_predicted_and_in_the_tables(photos):
         assert len(list(csv.DictReader(file))) == len(odd)
 
 
+def test_masks_of_another_suffix_are_named(photos):
+    for mask in Path("data/val_masks").iterdir():
+        mask.rename(mask.with_name(mask.name.replace("_mask", "_seg")))
+    message = error_of("data/val_images", "--mask-dir", "data/val_masks")
+    assert "no photo has a mask in data/val_masks: found" in message and "is it --mask-suffix _seg?" in message
+
+
+def test_a_submissions_damaged_line_is_predicted_again(photos):
+    photos[1].write_bytes(b"broken")
+    error_of("data/val_images", "--submission", "s.csv")
+    (part,) = Path().glob("*.part")
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join([bytes(40) + b"\n", *lines[1:]]))
+    photos[1].unlink()
+    run("data/val_images", "--submission", "s.csv")
+    with Path("s.csv").open() as file:
+        assert len(list(csv.reader(file))) == 8
+
+
 def test_one_mask_is_not_that_of_two_photos(photos):
     for folder in ("a", "b"):
         Path(folder).mkdir()
@@ -633,8 +628,8 @@ def test_masks_of_another_suffix_are_found(photos):
 
 def test_what_is_passed_over_is_counted_and_heic_is_named(photos, capsys):
     for name in ("notes.txt", "raw.dng", "x.heic", ".hidden"):
-        Path("data/val_images", name).write_text("?")
+        Path("data/val_images", name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
     assert "1 of 9 photos" in error_of("data/val_images")
     printed = capsys.readouterr()
-    assert "passed over in data/val_images, by their endings: 2, such as notes.txt" in printed.out
+    assert "passed over in data/val_images, no photos by their endings: 2, such as notes.txt" in printed.out
     assert "x.heic is no readable image" in printed.err and "pip install pillow-heif" in printed.err
