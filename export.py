@@ -72,6 +72,8 @@ def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
                 dynamo=True,
                 verbose=False,
             )
+    except ImportError as error:  # of a part of onnxscript that is as new as torch
+        raise UserError(f"onnxscript is too old for this torch ({error}): pip install --upgrade onnxscript") from error
     finally:
         conv.fp32_precision = precision
     program.model.metadata_props.update({name: str(value) for name, value in metadata.items()})
