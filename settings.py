@@ -84,12 +84,16 @@ def check_settings(s: SimpleNamespace) -> None:
     """Checks train.py's settings and that its folders can be written to. Raises UserError."""
     number, parts = (int, float), WORLD_SIZE * (s.accumulation if type(s.accumulation) is int else 1)
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) else 1
-    side = lambda v: v >= max(16, multiple)  # noqa: E731
+    smallest = 64 if s.encoder else max(16, multiple)
+    side = lambda v: v >= smallest  # noqa: E731
+    is_file = lambda v: v is None or Path(v).is_file()  # noqa: E731
     parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
     check_ranges(s, (
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
-        ("image_height", int, side, f"a whole number, at least {max(16, multiple)}"),
-        ("image_width", int, side, f"a whole number, at least {max(16, multiple)}"),
+        ("image_height", int, side, f"a whole number, at least {smallest}"),
+        ("image_width", int, side, f"a whole number, at least {smallest}"),
+        ("encoder", str | None, lambda v: v != "", 'the name of a network of timm, such as "resnet34", or to None'),
+        ("encoder_weights", str | None, is_file, "a file with the encoder's weights, or to None"),
         ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)),
          "labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to None"),
         ("num_epochs", int, lambda v: v >= 1, "a whole number, at least 1"),
@@ -111,7 +115,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("saved_images_dir", str, bool, "a folder's name"),
         ("page_photos", int, lambda v: v >= 1, "a whole number, at least 1"),
     ))  # fmt: skip
-    if s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
+    if not s.encoder and s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
         raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
     check_writable(Path(s.checkpoint).parent, "CHECKPOINT")
     check_writable(Path(s.saved_images_dir), "SAVED_IMAGES_DIR")

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ import utils
 from dataset import CarvanaDataset, describe
 from decoding import Rule, UserError, rule_from
 from device import Device, choose_device, choose_num_workers, compiled_and_parallel, memory_errors, tune
-from model import UNet
+from model import UNet, encoder_normalisation, update_batch_norm
 from optimizer import Muon, muon_groups
 from report import Report, save_train_batch
 from sample_data import use_sample_if_empty
@@ -46,6 +45,8 @@ CACHE_DIR: str | None = "data/cache"  # for decoded photos, 4 bytes a pixel; Non
 IMAGE_HEIGHT = 160  # pixels, at least 16; Carvana's photos are 1280
 IMAGE_WIDTH = 240  # pixels, at least 16; Carvana's photos are 1918
 FEATURES = (64, 128, 256, 512)  # channels of each stage; (16, 32, 64, 128) is 16 times faster and less exact
+ENCODER: str | None = None  # a pretrained network of timm for the way down, such as "resnet34": learns from few photos
+ENCODER_WEIGHTS: str | None = None  # a file of its weights; None downloads them
 
 # The recipe.
 NUM_EPOCHS = 3  # in total; more for few photos, or when Dice still rises at the end
@@ -67,6 +68,7 @@ TIMEOUT_MINUTES = 10.0  # under torchrun, until a process that is silent counts 
 
 # What a run reads and leaves.
 LOAD_MODEL = False  # True continues from CHECKPOINT
+START_FROM: str | None = None  # a checkpoint whose weights a new run begins with, for other photos or another size
 CHECKPOINT = "my_checkpoint.pth.tar"  # the newest state; the best weights go to my_checkpoint_best.pth.tar
 CHECKPOINT_MINUTES = 10.0  # between two checkpoints, of which every epoch's end has one, too
 SAVED_IMAGES_DIR = "saved_images"  # pictures, metrics.csv, and a page to browse them: index.html
@@ -159,7 +161,7 @@ class State:
 def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int) -> State:
     """An untrained network, whose first prediction is the mean mask, and its optimizer, for epochs of `photos`."""
     torch.manual_seed(s.seed)
-    model = UNet(3, 1, s.features, s.activation_checkpointing)
+    model = UNet(3, 1, s.features, s.activation_checkpointing, s.encoder)
     model.start_from(foreground)
     model.to(device.device, memory_format=device.memory_format)
     if distributed.WORLD_SIZE > 1 and device.device.type == "cuda" and s.sync_batchnorm:
@@ -239,23 +241,6 @@ def train_epoch(loader: DataLoader, state: State, device: Device, s: SimpleNames
     epoch.seconds = time.perf_counter() - start
 
 
-def update_batch_norm(loader: DataLoader, model: UNet, device: Device) -> None:
-    """Sets BatchNorm's running statistics to those of the epoch's last 64 images or more, with today's weights.
-
-    Those kept while training lag behind weights that move fast: Dice after the first epoch was 0.66, with this 0.94.
-    From 16 images they vary: a seed of the quick start reached 0.937 instead of 0.956. Layers of other classes, such as
-    torchvision's FrozenBatchNorm2d, stay as they are.
-    """
-    batches = loader.batch_sampler
-    batches.start = max(0, batches.length - -(-64 // batches.size) * batches.size)
-    with device.autocast():
-        update_bn((device.normalised(images) for images, _ in loader), model)
-    for layer in model.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            for statistic in (layer.running_mean, layer.running_var):
-                distributed.all_reduce_sum(statistic).div_(distributed.WORLD_SIZE)
-
-
 def end_epoch(
     train_loader: DataLoader, val_loader: DataLoader, state: State, device: Device, report: Report | None
 ) -> bool:
@@ -325,11 +310,14 @@ def load_data(s: SimpleNamespace, device: Device, rule: Rule | None) -> tuple[Da
 
 def train(s: SimpleNamespace) -> None:
     """A whole run with the settings s, the constants by their lower-case names."""
+    if s.encoder:
+        s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
     tune(device)
     # Of several machines' torchruns only the one whose process has died counts the restart
     is_restart = distributed.all_reduce_max(distributed.RESTARTS) > 0
     checkpoint = distributed.broadcast_object(utils.checkpoint_to_continue, s, is_restart)
+    start = None if checkpoint else distributed.broadcast_object(utils.checkpoint_to_start_from, s)
     train_loader, val_loader = load_data(s, device, rule_from(checkpoint and checkpoint["rule"]))
     train_set, val_set = train_loader.dataset, val_loader.dataset
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set))
@@ -338,6 +326,10 @@ def train(s: SimpleNamespace) -> None:
         raise UserError("the machines have different photos or masks: give all of them the same, or a shared disk")
     if checkpoint:
         state.load_state_dict(utils.adapted(checkpoint, header))
+    elif start:
+        state.model.load_state_dict(start["state_dict"])
+    elif s.encoder:
+        state.model.encoder.load_pretrained(s.encoder_weights)
 
     report = distributed.RANK == 0 and Report(s, train_set, val_set)
     if not checkpoint and distributed.RANK == 0:

@@ -255,7 +255,7 @@ def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
     if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
         raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
     before = vars(s) | checkpoint["settings"]  # an older checkpoint lacks newer settings
-    fixed = ("features", "image_height", "image_width", "mean", "std", "foreground_values")
+    fixed = ("features", "encoder", "image_height", "image_width", "mean", "std", "foreground_values")
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
         raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
     if checkpoint["epoch"] >= s.num_epochs:
@@ -264,6 +264,19 @@ def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
     for name in (*free, "device", "precision", "num_workers"):
         if before[name] != getattr(s, name):
             print(f"{name.upper()} was {before[name]} and is {getattr(s, name)} from here on.")
+    return checkpoint
+
+
+def checkpoint_to_start_from(s: SimpleNamespace) -> dict | None:
+    """The checkpoint whose weights this new run begins with, or None. Raises UserError if it is of another network."""
+    if not s.start_from:
+        return None
+    checkpoint = load_checkpoint(Path(s.start_from))
+    for name, wanted in (("encoder", s.encoder), ("features", None if s.encoder else list(s.features))):
+        if (before := checkpoint["model"].get(name)) != wanted:
+            raise UserError(
+                f"{s.start_from} has {name.upper()} = {before}, not {wanted}: set that, or another START_FROM"
+            )
     return checkpoint
 
 
