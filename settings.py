@@ -86,7 +86,7 @@ def check_settings(s: SimpleNamespace) -> None:
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) else 1
     smallest = 64 if s.encoder else max(16, multiple)
     side = lambda v: v >= smallest  # noqa: E731
-    is_file = lambda v: v is None or Path(v).is_file()  # noqa: E731
+    is_file = lambda v: v is None or s.load_model or Path(v).is_file()  # noqa: E731
     parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
     check_ranges(s, (
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
@@ -119,6 +119,20 @@ def check_settings(s: SimpleNamespace) -> None:
         raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
     check_writable(Path(s.checkpoint).parent, "CHECKPOINT")
     check_writable(Path(s.saved_images_dir), "SAVED_IMAGES_DIR")
+
+
+def advise_on_epochs(s: SimpleNamespace, photos: int, seconds: float) -> None:
+    """Where a run has so few steps that a network learns little, prints how long 300 take; `seconds` are an epoch's.
+
+    75 count as few, because the quick start has 96.
+    """
+    steps = math.ceil(photos / s.batch_size)
+    if s.num_epochs * steps < 75:
+        epochs = 10 * math.ceil(30 / steps)
+        print(
+            f"{photos} photos: {s.num_epochs} epochs are {s.num_epochs * steps} steps; --num-epochs {epochs} takes "
+            f"about {math.ceil(epochs * seconds / 60)} min."
+        )
 
 
 def check_writable(folder: Path, setting: str) -> None:

@@ -31,7 +31,7 @@ from model import UNet, encoder_normalisation, update_batch_norm
 from optimizer import Muon, muon_groups
 from report import Report, save_train_batch
 from sample_data import use_sample_if_empty
-from settings import check_settings, parse_settings
+from settings import advise_on_epochs, check_settings, parse_settings
 
 # Your data: xxx.jpg in an image folder has its mask as xxx_mask.gif (or .png, ...) in the mask folder.
 TRAIN_IMG_DIR = "data/train_images"
@@ -353,6 +353,8 @@ def train(s: SimpleNamespace) -> None:
                     "  {seconds:7.1f}".format(**state.history[-1])
                     + "  best" * is_best
                 )
+                if len(state.history) == 1:
+                    advise_on_epochs(s, len(train_set), state.history[0]["seconds"])
         except distributed.Stopped as stopped:
             if not state.history and not state.epoch.images:
                 print(f"Stopped by {stopped} before the first step: nothing was saved.")

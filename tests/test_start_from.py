@@ -1,0 +1,48 @@
+"""START_FROM: a new run begins with the weights of another."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import rows, same, weights
+
+from decoding import UserError
+
+
+def test_a_new_run_begins_with_the_weights(project, run_train):
+    run_train("--num-epochs", "3")
+    before, dice = weights("my_checkpoint_best.pth.tar"), float(rows()[-1]["dice"])
+    flags = ["--num-epochs", "1", "--image-height", "48", "--image-width", "64"]  # at another size
+    run_train(*flags, "--start-from", "my_checkpoint_best.pth.tar", "--learning-rate", "1e-9")
+    for name, weight in weights().items():
+        if "running" not in name and "batches" not in name:
+            torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6)
+    assert same(before, weights("my_checkpoint_1_best.pth.tar"))  # the earlier run was set aside after it was read
+    assert len(rows()) == 1 and float(rows()[0]["dice"]) > dice - 0.1
+
+
+def test_another_network_is_refused(project, run_train):
+    run_train("--num-epochs", "1")
+    for flags in (
+        ["--features", "8", "24"],
+        ["--encoder", "test_resnet", "--image-height", "64", "--image-width", "64"],
+    ):
+        with pytest.raises(UserError, match="my_checkpoint.pth.tar has (FEATURES|ENCODER) = .*, not .*: set that, or"):
+            run_train("--num-epochs", "1", "--start-from", "my_checkpoint.pth.tar", *flags)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        run_train("--start-from", "nowhere")
+    assert not Path("my_checkpoint_1.pth.tar").exists()  # nothing was set aside
+
+
+def test_it_is_ignored_when_continuing(project, run_train, capsys):
+    run_train("--num-epochs", "1")
+    Path("my_checkpoint.pth.tar").rename("first.pth.tar")
+    flags = ["--start-from", "first.pth.tar"]
+    run_train("--num-epochs", "2", *flags)
+    wanted = weights()
+    run_train("--num-epochs", "2", *flags)
+    Path("first.pth.tar").unlink()
+    run_train("--num-epochs", "2", *flags, "--load-model")
+    assert same(wanted, weights())
+    assert re.search("Continuing after 2 epochs", capsys.readouterr().out)
