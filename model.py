@@ -167,10 +167,10 @@ class UNet(nn.Module):
         out_channels: channels of the logits; 1 for a binary mask.
         features: channels of each stage, from full size down; every stage halves height and width, and the bottleneck
             has twice the last stage's channels. The default has 31 million weights.
-        checkpointing: whether training keeps no activations within a DoubleConv, but computes them again when it needs
-            them: less memory, a third more time, the same weights (BatchNorm counts a batch twice).
-        encoder: the name of a network of timm that takes the place of the way down, for images of three channels. It
-            decides the channels of each stage, and is untrained: load_pretrained makes it worth having.
+        checkpointing: whether training keeps no activations within a DoubleConv or an encoder, but computes them again
+            when it needs them: less memory, a third more time, the same weights (BatchNorm counts a batch twice).
+        encoder: the name of a network of timm that takes the place of the way down, for images of three channels; its
+            features then give the stages their channels. encoder.load_pretrained() makes it worth having.
 
     UNet(**model.config) builds the same network again.
     """
