@@ -42,11 +42,12 @@ import dataset
 import predict
 import train
 import utils
-from dataset import CarvanaDataset, find_pairs, written_whole
+from dataset import CarvanaDataset, written_whole
 from decoding import UserError
 from device import Device, choose_device, choose_num_workers, tune
 from distributed import run
 from model import UNet
+from pairing import find_pairs
 from report import Report
 from sample_data import draw_dataset, use_sample_if_empty
 from settings import Parser, check_settings, parse_settings

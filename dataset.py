@@ -1,4 +1,4 @@
-"""Files -> samples: pairs images with masks, decodes each once, and serves them as CarvanaDataset."""
+"""Files -> samples: decodes pairs of images and masks once, and serves them as CarvanaDataset."""
 
 import hashlib
 import json
@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import threading
-import unicodedata
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,12 +23,12 @@ from tqdm import tqdm
 
 from augmentation import Step, augment
 from decoding import VOID, Note, Rule, UserError, decode_image, decode_mask, opened, rule_from, value_shares
+from pairing import MASK_SUFFIX, files_in, find_pairs, passed_over
 
-SUFFIXES = (".gif", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # the order in which masks are sought
 NUM_THREADS = os.cpu_count() or 1  # that decode and draw side by side: Pillow and OpenCV release the GIL
 LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on at original size, which bounds the memory
 ONE_AT_A_TIME = threading.Lock()
-DECODER = 2  # part of the cache's key: raise it when decoding changes
+DECODER = 3  # part of the cache's key: raise it when decoding changes
 
 # What is known of a pair: the photo's original size; the shares of foreground in the known part of the sample's mask,
 # of foreground along its edge, and of void; a checksum of the sample's image.
@@ -70,62 +69,6 @@ def large_ones_wait(path: Path) -> AbstractContextManager:
         return ONE_AT_A_TIME if header.width * header.height > LARGE else nullcontext()
 
 
-def find_pairs(image_dir: Path, mask_dir: Path) -> list[tuple[Path, Path]]:
-    """Pairs every image with its mask, sorted by image name.
-
-    The mask of `xxx.jpg` is `xxx_mask.gif`, else `xxx_mask` with another ending of SUFFIXES, else `xxx` with any of
-    them. Files with other endings and hidden files are left alone. Raises UserError for a folder that is missing or
-    empty, two images of one stem, and an image or a mask without its partner.
-    """
-    images = _list_by_stem(image_dir)
-    masks, unused = find_masks(images, mask_dir)
-    if image_dir.resolve() == mask_dir.resolve():
-        raise UserError(f"{image_dir} is given for both images and masks: put the masks into a folder of their own")
-    for stem, found in sorted(images.items()):
-        if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1].name} have one stem: rename one of them and its mask")
-        if stem not in masks:
-            raise UserError(f"{found[0]} has no mask: add {mask_dir / stem}_mask.gif (or .png), or remove the image")
-    if unused:
-        raise UserError(f"{unused[0]} has no image in {image_dir}: add the image, or remove the mask")
-    return [(found[0], masks[stem]) for stem, found in sorted(images.items())]
-
-
-def find_masks(stems: Iterable[str], mask_dir: Path) -> tuple[dict[str, Path], list[Path]]:
-    """The mask of each image stem that has one, by find_pairs' rule, and the masks that are of no stem, sorted."""
-    masks = _list_by_stem(mask_dir)
-    found, unused = {}, {mask for candidates in masks.values() for mask in candidates}
-    for stem in stems:
-        if candidates := masks.get(f"{stem}_mask", []) + masks.get(stem, []):
-            found[stem] = candidates[0]
-            unused.difference_update(candidates)
-    return found, sorted(unused)
-
-
-def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
-    """The folder's images by stem, those of one stem in the order of SUFFIXES."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be read ({error.strerror}): create the folder, or correct the setting"
-        ) from error
-    found: dict[str, list[Path]] = {}
-    for path in (Path(folder, name) for name in names):
-        if path.suffix.lower() in SUFFIXES:
-            found.setdefault(stem_of(path), []).append(path)
-    if not found:
-        raise UserError(f"{folder} has no photos or masks ({', '.join(SUFFIXES)}): add them, or correct the setting")
-    for paths in found.values():
-        paths.sort(key=lambda path: SUFFIXES.index(path.suffix.lower()))
-    return found
-
-
-def stem_of(path: Path) -> str:
-    """The name without its ending, in NFC: macOS writes names as NFD."""
-    return unicodedata.normalize("NFC", path.stem)
-
-
 def read_sample(
     image_path: Path, mask_path: Path, size: tuple[int, int], rule: Rule | None = None
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int], Note]:
@@ -134,13 +77,14 @@ def read_sample(
     Returns the image, uint8 (H, W, 3), and the mask, uint8 (H, W) in {0, 1, VOID}, both of `size`, the photo's own
     (height, width), and a Note. Raises UserError if image and mask differ in size, or cannot be decoded.
     """
-    image, own_size, levels = decode_image(image_path, size, rule)
+    image, own_size, levels, is_turned = decode_image(image_path, size, rule)
     mask, mask_size, note = decode_mask(mask_path, size, rule)
-    note.levels = levels
+    note.levels, note.is_turned = levels, is_turned and not note.is_turned
     if own_size != mask_size:
         raise UserError(
             f"{mask_path} is {mask_size[1]} x {mask_size[0]} pixels, but its image {image_path.name} is "
-            f"{own_size[1]} x {own_size[0]}: make the mask again at the image's size"
+            f"{own_size[1]} x {own_size[0]}{' (turned by EXIF)' * note.is_turned}: make the mask again at the image's "
+            "size"
         )
     return image, mask, own_size, note
 
@@ -157,16 +101,17 @@ class CarvanaDataset(Dataset):
     """Images with binary masks, decoded to one size by one rule; augmentation depends on (seed, epoch, position) alone.
 
     Args:
-        image_dir, mask_dir: folders whose files pair as find_pairs says.
+        image_dir, mask_dir, mask_suffix: folders whose files pair as find_pairs says.
         size: (height, width) of every sample.
         augmentation: what augmentation.augment is to do with each sample, a list of (probability, step).
         seed: of the augmentation.
     """
 
     def __init__(self, image_dir: Path, mask_dir: Path, size: tuple[int, int],
-                 augmentation: list[tuple[float, Step]] = (), seed: int = 0) -> None:  # fmt: skip
+                 augmentation: list[tuple[float, Step]] = (), seed: int = 0,
+                 mask_suffix: str = MASK_SUFFIX) -> None:  # fmt: skip
         self.image_dir, self.mask_dir = Path(image_dir), Path(mask_dir)
-        self.pairs = find_pairs(self.image_dir, self.mask_dir)
+        self.pairs = find_pairs(self.image_dir, self.mask_dir, mask_suffix)
         self.size, self.augmentation, self.seed = tuple(size), augmentation, seed
         self.cache_file: Path | None = None
         self._cache: np.memmap | None = None
@@ -425,6 +370,11 @@ def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
             f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter (split_data.py)"
         )
     lines += describe_rule(train)
+    for data in (train, val):
+        if turned := sum(note.is_turned for note in data.notes):
+            lines.append(f"turned by EXIF: {turned} photos of {data.image_dir}, whose masks are taken as upright")
+        for folder in (data.image_dir, data.mask_dir):
+            lines += passed_over(files_in(folder), folder)
     known = set(train.infos["checksum"].tolist())
     copies = [image for (image, _), info in zip(val.pairs, val.infos, strict=True) if int(info["checksum"]) in known]
     if copies:

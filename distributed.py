@@ -10,14 +10,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from decoding import UserError
 
@@ -214,16 +217,35 @@ def ignore_signals(_: int) -> None:
 # The end
 
 
+@contextmanager
+def reserved(s: SimpleNamespace) -> Iterator[None]:
+    """Reserves CHECKPOINT and SAVED_IMAGES_DIR for this run. Raises UserError where another one uses them."""
+    path = Path(s.checkpoint)
+    files = {"CHECKPOINT": path.with_name(f".{path.name}.lock"), "SAVED_IMAGES_DIR": Path(s.saved_images_dir, ".lock")}
+    with ExitStack() as locks:
+        for setting, file in files.items() if RANK == 0 else ():
+            try:  # a run that was killed leaves workers, which hold its locks for 5 seconds more
+                locks.enter_context(FileLock(file, timeout=15))
+            except Timeout as error:
+                used = f"{setting} {getattr(s, setting.lower())}"
+                raise UserError(f"{used} is in use by another run: wait for its end, or choose another") from error
+            except (OSError, NotImplementedError):
+                tqdm.write(f"{file} cannot be locked on this disk: start no second run that writes there.")
+        yield
+
+
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main. A user's error ends it with one line and exit status 1, a signal with 128 + its number."""
     status: int | str = 0
     wait = 10 if RANK else 0  # seconds: most errors are everyone's, and the first process is to say it
+    with suppress(AttributeError):  # in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         main()
     except Stopped as stopped:
         status, wait = 128 + stopped.signal, 0
     except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
-        status = "error: " + str(error).splitlines()[-1].removeprefix("decoding.UserError: ")
+        status = "error: " + str(error).rpartition("decoding.UserError: ")[2].strip()
         if isinstance(error, Lost):  # the one that was lost may still want to say why
             print(status, file=sys.stderr, flush=True)
             status, wait = 1, 20

@@ -13,6 +13,7 @@ import argparse
 import glob
 import sys
 import time
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,12 +31,13 @@ from torch import nn
 from tqdm import tqdm
 
 import utils
-from dataset import NUM_THREADS, SUFFIXES, find_masks, in_threads, large_ones_wait, stem_of
-from decoding import VOID, Rule, UserError, decode_mask, enlarge, read_image, resize, rule_from
+from dataset import NUM_THREADS, in_threads, large_ones_wait
+from decoding import VOID, Rule, UserError, decode_mask, enlarge, read_image, read_opacity, resize, rule_from
 from device import Device, choose_device, memory_errors
 from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
-from metrics import confusion, image_scores
+from metrics import boundary_f1, confusion, image_scores
 from model import UNet
+from pairing import MASK_SUFFIX, SUFFIXES, find_masks, is_image, passed_over, stem_of
 from settings import Parser, check_ranges, check_writable
 from submission import Submission, check_table, rle_encode
 
@@ -51,7 +53,7 @@ SOFTWARE = "predict.py (U-Net for Carvana)"
 class Photo:
     path: Path
     name: str  # of its outputs: <name>_mask.png
-    mask: Path | None  # the true one, if it is known
+    mask: Path | None = None  # the true one, if it is known
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,14 +148,16 @@ def soft_edge(probabilities: np.ndarray, threshold: float) -> np.ndarray:
 def clean_edge(photo: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """The photo, uint8 (H, W, 3), with colours from the inside along the edge, where background has mixed in.
 
-    A colour within 3 pixels of the edge becomes the mean of those further inside, in 13 x 13 pixels.
+    A colour within 3 pixels of the edge becomes the mean of those further inside, in 13 x 13 pixels. Where there are
+    none, as in things up to 6 pixels thin, it stays as it is.
     """
     clean = np.empty_like(photo)
     for rows, inner, kept in bands(len(photo), 8):
         inside = cv2.erode(alpha[rows], np.ones((5, 5), np.uint8)) == 255
         share = cv2.blur(inside.astype(np.float32), (13, 13))[..., None]
         total = cv2.blur(photo[rows] * inside[..., None].astype(np.float32), (13, 13))
-        clean[kept] = np.where(inside[..., None], photo[rows], total / np.maximum(share, 1e-3) + 0.5)[inner]
+        is_own = inside[..., None] | (share < 1 / 200)  # one pixel of 13 x 13 is 1 / 169
+        clean[kept] = np.where(is_own, photo[rows], total / np.maximum(share, 1e-3) + 0.5)[inner]
     return clean
 
 
@@ -177,10 +181,13 @@ def draw_overlay(photo: np.ndarray, mask: np.ndarray) -> Image.Image:
 
 
 class Prediction:
-    """What the outputs are drawn from: a photo, uint8 (H, W, 3), its probabilities, float32 (H, W), and the flags."""
+    """What the outputs are drawn from: a photo, uint8 (H, W, 3), its probabilities, float32 (H, W), and the flags.
 
-    def __init__(self, photo: np.ndarray, probabilities: np.ndarray, args: argparse.Namespace) -> None:
-        self.photo, self.probabilities, self.args = photo, probabilities, args
+    `path` is the photo's.
+    """
+
+    def __init__(self, path: Path, photo: np.ndarray, probabilities: np.ndarray, args: argparse.Namespace) -> None:
+        self.path, self.photo, self.probabilities, self.args = path, photo, probabilities, args
         self.mask = cv2.compare(probabilities, args.threshold, cv2.CMP_GT)  # uint8 (H, W) in {0, 255}
 
     def sixteen_bits(self) -> Image.Image:
@@ -191,7 +198,9 @@ class Prediction:
 
     @cached_property
     def alpha(self) -> Image.Image:
-        return Image.fromarray(soft_edge(self.probabilities, self.args.threshold))
+        """The object's opacity, and no more than the photo's own."""
+        alpha, opacity = soft_edge(self.probabilities, self.args.threshold), read_opacity(self.path)
+        return Image.fromarray(alpha if opacity is None else np.minimum(alpha, opacity))
 
     @cached_property
     def object(self) -> Image.Image:
@@ -232,11 +241,11 @@ def load_background(text: str) -> tuple[int, ...] | Image.Image:
 
 def write_png(path: Path, picture: Image.Image) -> None:
     """Raises UserError where there is a file that is not ours, and where none can be written."""
-    if path.exists() and not is_ours(path):
-        raise UserError(f"{path} was not written by predict.py: move it away, or choose another --output-dir")
     text = PngImagePlugin.PngInfo()
     text.add_text("Software", SOFTWARE)
     with utils.saving(path) as temporary:  # 3 is run lengths: 14 ms a mask instead of 23, 160 a cut-out of 370
+        if path.exists() and not is_ours(path):
+            raise UserError(f"{path} was not written by predict.py: move it away, or choose another --output-dir")
         picture.save(temporary, "PNG", compress_type=3, pnginfo=text)
 
 
@@ -250,43 +259,56 @@ def is_ours(path: Path) -> bool:
 # Photos in, files out
 
 
-def find_photos(inputs: list[str], mask_dir: Path | None) -> list[Photo]:
+def find_photos(inputs: list[str]) -> list[Photo]:
     """The photos that are given as files, folders (with all below them) and patterns, each once, sorted within those.
 
     Files that predict.py wrote are left out. A name that is taken gets a number: x/a.jpg and y/a.jpg give a and a-2.
     Raises UserError where an input holds none.
     """
     paths: dict[Path, Path] = {}  # by what they resolve to
+    taken, photos, lines = set(), [], []
     for given in inputs:
         folder = Path(given)
         found = [folder]
         if folder.is_dir():
             below = {path: path.relative_to(folder).parts for path in sorted(folder.rglob("*"))}
             found = [path for path, parts in below.items() if not any(part.startswith(".") for part in parts)]
+            lines += passed_over(filter(Path.is_file, found), folder)
         elif not folder.exists():
             found = sorted(map(Path, glob.glob(given, recursive=True)))  # noqa: PTH207
         if found != [folder]:
-            found = [path for path in found if path.suffix.lower() in SUFFIXES]
+            found = [path for path in found if is_image(path)]
         found = [path for path in found if not (path.stem.endswith(tuple(OUTPUTS)) and is_ours(path))]
         if not found:
             raise UserError(f"{given}: no photos there ({', '.join(SUFFIXES)}): correct the path")
         for path in found:
             paths.setdefault(path.resolve(), path)
 
-    masks, unused = find_masks(map(stem_of, paths.values()), mask_dir) if mask_dir else ({}, [])
-    photos, taken = [], set()
     for path in paths.values():
         name, number = path.stem, 1
-        while name.casefold() in taken:  # some disks take A.jpg and a.jpg for one
+        while unicodedata.normalize("NFC", name).casefold() in taken:  # some disks take A.jpg and a.jpg for one
             number += 1
             name = f"{path.stem}-{number}"
-        taken.add(name.casefold())
-        photos.append(Photo(path, name, masks.get(stem_of(path))))
-    without = [photo.path for photo in photos if mask_dir and not photo.mask]
+        taken.add(unicodedata.normalize("NFC", name).casefold())
+        photos.append(Photo(path, name))
+    if RANK == 0 and lines:
+        print("\n".join(lines))
+    return photos
+
+
+def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:
+    """Finds the photos' true masks. Raises UserError where one would serve two photos."""
+    stems = [stem_of(photo.path) for photo in photos]
+    masks, unused = find_masks(stems, mask_dir, suffix)
+    of: dict[Path, Path] = {}
+    for photo, stem in zip(photos, stems, strict=True):
+        photo.mask = masks.get(stem)
+        if photo.mask and (other := of.setdefault(photo.mask, photo.path)) != photo.path:
+            raise UserError(f"{photo.mask} is the mask of both {other} and {photo.path}: give one of them at a time")
+    without = [photo.path for photo in photos if not photo.mask]
     for kind, lonely in (("Masks without photo", unused), ("Photos without mask, not scored", without)):
         if lonely and RANK == 0:
             print(f"{kind}: {len(lonely)}, such as {lonely[0]}")
-    return photos
 
 
 def decode(photo: Photo, size: tuple[int, int] | None, rule: Rule | None) -> tuple[Photo, np.ndarray]:
@@ -328,34 +350,12 @@ def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, rule: Rule | Non
     """
     with large_ones_wait(photo.path):
         full = image if args.tile and not args.size else read_image(photo.path, None, rule)
-        prediction = Prediction(full, enlarge(logits, image, full), args)
+        prediction = Prediction(photo.path, full, enlarge(logits, image, full), args)
         runs = rle_encode(prediction.mask) if args.submission else None
         for kind in args.outputs:
             write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
         scores = score(prediction.mask, photo.mask, rule) if photo.mask else None
     return photo, scores, runs
-
-
-def boundary_f1(prediction: np.ndarray, mask: np.ndarray, known: np.ndarray) -> float:
-    """F1 of two masks' boundaries, bool (H, W), as far as they are `known`, bool (H, W); 1 where both have none.
-
-    Precision is the share of the predicted boundary that lies within 0.75 % of the diagonal (17 pixels of a Carvana
-    photo) of the true one, recall the reverse: Csurka, Larlus, Perronnin and Meylan, "What is a good evaluation measure
-    for semantic segmentation?", BMVC 2013.
-    """
-    tolerance = 0.0075 * np.hypot(*mask.shape)
-    masks = (pixels.astype(np.uint8) for pixels in (prediction, np.where(known, mask, prediction)))
-    outlines = [(pixels - cv2.erode(pixels, np.ones((3, 3), np.uint8))) * known for pixels in masks]
-    if not all(outline.any() for outline in outlines):
-        return float(not any(outline.any() for outline in outlines))
-    x, y, width, height = cv2.boundingRect(outlines[0] | outlines[1])
-    predicted, true = (outline[y : y + height, x : x + width] for outline in outlines)
-    near_predicted, near_true = (
-        cv2.distanceTransform(1 - outline, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= tolerance
-        for outline in (predicted, true)
-    )
-    precision, recall = near_true[predicted > 0].mean(), near_predicted[true > 0].mean()
-    return float(2 * precision * recall / max(precision + recall, 1e-9))
 
 
 def score(mask: np.ndarray, path: Path, rule: Rule | None) -> dict[str, float]:
@@ -385,6 +385,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{kind}", help=f"<name>_{kind}.png: {text}".replace("%", "%%"), **takes_value)
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")
     add("--mask-dir", type=Path, help="true masks: scores at the photos' original size, in <output-dir>/scores.csv")
+    add("--mask-suffix", default=MASK_SUFFIX, help="the mask of xxx.jpg is xxx_mask.gif (or .png, ...) [_mask]")
     add("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
     add("--threshold", type=float, default=0.5, help="the probability above which a pixel is foreground [0.5]")
     add("--tta", action="store_true", help="averages photo and mirror image: twice the time, a little better")
@@ -475,10 +476,11 @@ def print_scores(scores: list[dict]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     model = load_network(args)
-    photos = find_photos(args.inputs, args.mask_dir)
+    photos = find_photos(args.inputs)
     if args.outputs or args.mask_dir:
         check_writable(args.output_dir, "--output-dir")
     if args.mask_dir:
+        add_masks(photos, args.mask_dir, args.mask_suffix)
         check_table(args.output_dir / "scores.csv", "photo," + ",".join(SCORES))
     shard, submission = photos[RANK::WORLD_SIZE], None
     if args.submission:

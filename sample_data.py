@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from decoding import UserError
+from pairing import MASK_SUFFIX
 
 VIEWS = 16  # photos of a car, 22.5 degrees apart
 HEIGHT, WIDTH = 1280, 1918  # of a photo in pixels, as in Carvana
@@ -452,6 +453,7 @@ def use_sample_if_empty(s: SimpleNamespace) -> None:
             raise UserError(f"{sample} cannot be drawn ({error}): make room for 20 MB there") from error
     s.train_img_dir, s.train_mask_dir = str(sample / "train_images"), str(sample / "train_masks")
     s.val_img_dir, s.val_mask_dir = str(sample / "val_images"), str(sample / "val_masks")
+    s.mask_suffix = MASK_SUFFIX
 
 
 def main(argv: list[str] | None = None) -> None:

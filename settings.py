@@ -96,6 +96,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("encoder_weights", str | None, is_file, "a file with the encoder's weights, or to None"),
         ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)),
          "labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to None"),
+        ("mask_suffix", str, lambda v: True, "what follows a photo's name in its mask's, such as _mask"),
         ("num_epochs", int, lambda v: v >= 1, "a whole number, at least 1"),
         ("accumulation", int, lambda v: v >= 1, "a whole number, at least 1"),
         ("batch_size", int, lambda v: v >= 1 and v % parts == 0, f"a whole number, {parts_of_batch}"),
@@ -117,6 +118,9 @@ def check_settings(s: SimpleNamespace) -> None:
     ))  # fmt: skip
     if not s.encoder and s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
         raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
+    for setting in ("train_img_dir", "train_mask_dir", "val_img_dir", "val_mask_dir"):
+        if Path(s.saved_images_dir).resolve() == Path(getattr(s, setting)).resolve():
+            raise UserError(f"SAVED_IMAGES_DIR is {setting.upper()}, where it could overwrite files: choose another")
     check_writable(Path(s.checkpoint).parent, "CHECKPOINT")
     check_writable(Path(s.saved_images_dir), "SAVED_IMAGES_DIR")
 

@@ -21,9 +21,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from dataset import SUFFIXES, car_of, find_pairs, read_sample, written_whole
+from dataset import car_of, read_sample, written_whole
 from decoding import UserError
 from distributed import run
+from pairing import MASK_SUFFIX, find_pairs, is_image, passed_over
 from settings import Parser
 
 NOT_SEARCHED = {"test", "test_hq", "sample", "cache", "saved_images"}  # test photos have no masks; the others are ours
@@ -32,7 +33,7 @@ Source = tuple[str, str, Callable[[Path], object]]  # file name, where it comes 
 
 
 def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> Iterator[Source]:
-    """Every image in these zips and folders, and in the folders' train*.zip."""
+    """Every file in these zips and folders, and in the folders' train*.zip, that is not hidden."""
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: correct the path")
@@ -45,7 +46,7 @@ def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> It
                     continue
                 if re.fullmatch(r"train.*\.zip", file.name):
                     yield from zip_sources(file)
-                elif is_image(file.name):
+                elif file.is_file() and not file.name.startswith("."):
                     yield file.name, str(file), lambda target, file=file: bring(file, target)
         else:
             raise UserError(f"{path} is neither a folder nor a zip file: give what you downloaded, or its folder")
@@ -62,7 +63,7 @@ def zip_sources(path: Path) -> Iterator[Source]:
             raise UserError(
                 f"{path} has a member named {member.filename}, outside of its folder: do not trust this file"
             )
-        if is_image(name.name):
+        if not member.is_dir() and not name.name.startswith("."):
             yield name.name, f"{path}/{member.filename}", lambda target, m=member: extract(archive, m, target)
 
 
@@ -86,24 +87,33 @@ def link_or_copy(file: Path, target: Path) -> None:
         copy(file, target)
 
 
-def is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+def gather(sources: Iterator[Source], stage: Path, suffix: str) -> dict[str, str]:
+    """Brings every photo and mask into stage/images or stage/masks; returns where each came from, by its name there.
 
-
-def gather(sources: Iterator[Source], stage: Path) -> dict[str, str]:
-    """Brings every file into stage/images or stage/masks; returns where each came from, by its name."""
+    Masks are the files whose names end in `suffix`, which becomes train.py's.
+    """
     origins: dict[str, str] = {}
+    others = []
     for name, origin, bring in tqdm(sources, desc="gathering", unit="file", disable=None):
+        stem, ending = os.path.splitext(name)  # noqa: PTH122
+        is_mask = stem.endswith(suffix)
+        if not is_image(Path(name)):
+            others.append(Path(origin))
+            continue
+        if is_mask:
+            name = f"{stem.removesuffix(suffix)}{MASK_SUFFIX}{ending}"
         if name in origins:
             raise UserError(f"{name} is there twice, as {origins[name]} and as {origin}: give only one of them")
         origins[name] = origin
-        bring(stage / ("masks" if Path(name).stem.endswith("_mask") else "images") / name)
+        bring(stage / ("masks" if is_mask else "images") / name)
+    print("\n".join(passed_over(others, "the sources")), end="\n" * bool(others))
     return origins
 
 
 def verify(stage: Path, origins: dict[str, str]) -> list[tuple[Path, Path]]:
     """The pairs in the stage, each decoded once. Raises UserError for a file without partner and for a broken one."""
-    for kind, rule in (("images", "photos"), ("masks", "masks, which end in _mask: was train_masks.zip forgotten")):
+    advice = "masks, whose names end in --mask-suffix: was train_masks.zip forgotten"
+    for kind, rule in (("images", "photos"), ("masks", advice)):
         if not any((stage / kind).iterdir()):
             raise UserError(f"the sources hold no {rule}? Give photos and masks (a zip inside a zip: unpack it first)")
     try:
@@ -134,7 +144,7 @@ def choose_val_cars(cars: set[str], share: float, seed: int) -> set[str]:
     return set(np.random.default_rng(seed).permutation(sorted(cars))[:count].tolist())
 
 
-def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how: str) -> None:
+def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how: str, suffix: str) -> None:
     """The whole way; `how` is "copy", "link" or "move". An error leaves sources and data_dir's folders as they were."""
     stage = data_dir / ".split"
     plan = stage / "plan.json"  # there as soon as nothing can go wrong any more
@@ -147,7 +157,7 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
         for kind in ("images", "masks"):
             (stage / kind).mkdir(parents=True)
         bring = {"copy": copy, "link": os.link, "move": link_or_copy}[how]
-        origins = gather(find_sources(sources, bring), stage)
+        origins = gather(find_sources(sources, bring), stage, suffix)
         pairs = verify(stage, origins)
         val_cars = choose_val_cars({group_of(image) for image, _ in pairs}, val_share, seed)
         places = {}
@@ -172,7 +182,7 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
         Path(original).unlink(missing_ok=True)
     shutil.rmtree(stage)
     for name in ("train", "val"):
-        images = [path for path in (data_dir / f"{name}_images").iterdir() if is_image(path.name)]
+        images = [path for path in (data_dir / f"{name}_images").iterdir() if is_image(path)]
         cars = {group_of(image) for image in images}
         print(f"{name:5}  {len(images)} photos of {len(cars)} cars in {data_dir}/{name}_images")
 
@@ -183,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the four folders are [data]")
     parser.add_argument("--val-share", type=float, default=0.15, help="share of the cars to validate on [0.15]")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of cars [0]")
+    parser.add_argument("--mask-suffix", default=MASK_SUFFIX, help="what masks' names end in; it becomes _mask [_mask]")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--move", dest="how", action="store_const", const="move", help="delete the originals in folders")
     how.add_argument("--link", dest="how", action="store_const", const="link", help="hard-link them: takes no space")
@@ -192,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < args.val_share < 1:
         raise UserError(f"--val-share is {args.val_share}: choose a share between 0 and 1, such as 0.15")
     try:
-        split(args.sources, args.data_dir, args.val_share, args.seed, args.how or "copy")
+        split(args.sources, args.data_dir, args.val_share, args.seed, args.how or "copy", args.mask_suffix)
     except OSError as error:
         place = error.filename or args.data_dir
         raise UserError(f"{place}: {error.strerror}: make room there, or choose another --data-dir") from error

@@ -3,8 +3,10 @@
 https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
 """
 
+import csv
 import glob
 import gzip
+import json
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -48,11 +50,11 @@ class Submission:
 
     def __init__(self, path: Path, photos: list[Path], key: str) -> None:
         self.path, self.names = path, {photo.name for photo in photos}
-        if len(self.names) < len(photos) or any("," in name for name in self.names):
-            raise UserError(f"{path} names photos by file name: give each once, and none with a comma in its name")
+        if len(self.names) < len(photos):
+            raise UserError(f"{path} names photos by file name: give each name once")
         check_writable(path.parent, "--submission")
         check_table(path, "img,rle_mask")
-        self.prefix = f"{path.name}.{key}-"
+        self.prefix = f"{path.name}.{key}-2-"  # 2 is the format of the rows
         self.done = {name for name, _ in self.rows()}
         self.part = tempfile.NamedTemporaryFile(  # noqa: SIM115
             "w", encoding="utf-8", dir=path.parent, prefix=self.prefix, suffix=".part", delete=False
@@ -62,24 +64,26 @@ class Submission:
         return sorted(self.path.parent.glob(f"{glob.escape(self.prefix)}*.part"))
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """(photo's name, line) of every whole line; the one at which a process was killed lacks its end."""
+        """(photo's name, runs) of every whole line; the one at which a process was killed lacks its end."""
         for part in self.parts():
             with part.open(encoding="utf-8") as file:
-                yield from ((line.partition(",")[0], line) for line in file if line.endswith("\n"))
+                yield from (json.loads(line) for line in file if line.endswith("\n"))
 
     def add(self, photo: Path, runs: str) -> None:
-        self.part.write(f"{photo.name},{runs}\n")
+        self.part.write(json.dumps((photo.name, runs)) + "\n")  # a name may hold commas, line ends, or be no text
 
     def write(self, is_complete: bool) -> None:
         """Writes the file of all rows that are there; until it is complete, the same command adds what is missing."""
         opener = gzip.open if self.path.suffix == ".gz" else open
-        with saving(self.path) as temporary, opener(temporary, "wt", encoding="utf-8", newline="\n") as file:
-            file.write("img,rle_mask\n")
+        text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+        with saving(self.path) as temporary, opener(temporary, "wt", **text) as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("img", "rle_mask"))
             missing = set(self.names)
-            for name, line in self.rows():
+            for name, runs in self.rows():
                 if name in missing:  # once, should two runs have added it
                     missing.remove(name)
-                    file.write(line)
+                    table.writerow((name, runs))
         for part in self.parts() if is_complete else ():
             part.unlink()
 

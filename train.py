@@ -33,11 +33,12 @@ from report import Report, save_train_batch
 from sample_data import use_sample_if_empty
 from settings import advise_on_epochs, check_settings, parse_settings
 
-# Your data: xxx.jpg in an image folder has its mask as xxx_mask.gif (or .png, ...) in the mask folder.
+# Your data.
 TRAIN_IMG_DIR = "data/train_images"
 TRAIN_MASK_DIR = "data/train_masks"
 VAL_IMG_DIR = "data/val_images"
 VAL_MASK_DIR = "data/val_masks"
+MASK_SUFFIX = "_mask"  # the mask of xxx.jpg is xxx_mask.gif (or .png, ...), or plain xxx.png
 FOREGROUND_VALUES: tuple[int, ...] | None = None  # of masks with several labels, the foreground's; None takes all but 0
 CACHE_DIR: str | None = "data/cache"  # for decoded photos, 4 bytes a pixel; None decodes them in every epoch
 
@@ -298,9 +299,9 @@ def load_data(s: SimpleNamespace, device: Device, rule: Rule | None) -> tuple[Da
     """The loaders of both sets, read by the checkpoint's rule, or by the one that the training files make."""
     with distributed.main_process_first():
         use_sample_if_empty(s)
-    size = s.image_height, s.image_width
-    train_set = CarvanaDataset(Path(s.train_img_dir), Path(s.train_mask_dir), size, make_augmentation(), s.seed)
-    val_set = CarvanaDataset(Path(s.val_img_dir), Path(s.val_mask_dir), size)
+    dataset = partial(CarvanaDataset, size=(s.image_height, s.image_width), mask_suffix=s.mask_suffix)
+    train_set = dataset(s.train_img_dir, s.train_mask_dir, augmentation=make_augmentation(), seed=s.seed)
+    val_set = dataset(s.val_img_dir, s.val_mask_dir)
     train_set.prepare(s.cache_dir, rule, s.foreground_values)
     val_set.prepare(s.cache_dir, train_set.rule)
     print(describe(train_set, val_set))
@@ -385,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
         f"at BATCH_SIZE {s.batch_size} and {s.image_height} x {s.image_width} pixels: halve BATCH_SIZE or double "
         "ACCUMULATION, set ACTIVATION_CHECKPOINTING = True, or halve height and width"
     )
-    with distributed.process_group(s.timeout_minutes), memory_errors(advice):
+    with distributed.process_group(s.timeout_minutes), distributed.reserved(s), memory_errors(advice):
         train(s)
 
 

@@ -1,6 +1,7 @@
 """What the scripts share: loaders, checkpoints, pixel accuracy / Dice / IoU, saved masks."""
 
 import csv
+import errno
 import os
 import pickle
 import time
@@ -104,8 +105,10 @@ def saving(path: Path, previous: Path | None = None) -> Iterator[Path]:
         with written_whole(path, previous) as temporary:
             yield temporary
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} could not be written ({reason}): make room, close what holds it, continue") from error
+        is_too_long = getattr(error, "errno", None) == errno.ENAMETOOLONG
+        advice = "shorten the photo's name" if is_too_long else "make room, close what holds it, continue"
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} could not be written ({reason}): {advice}") from error
 
 
 def sibling(path: Path, tag: str) -> Path:
@@ -414,7 +417,8 @@ def save_grid(pictures: np.ndarray, path: Path) -> None:
 
 def save_metrics(rows: list[dict], path: Path) -> None:
     """Writes metrics.csv, a row for each epoch, or scores.csv, a row for each photo. Rows may lack newer columns."""
-    with saving(path) as temporary, temporary.open("w", newline="") as file:
+    table = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # a name may be no text
+    with saving(path) as temporary, temporary.open("w", **table) as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
         writer.writeheader()
         writer.writerows(rows)

@@ -13,8 +13,9 @@ from PIL import Image
 import augmentation
 import train
 import utils
-from dataset import CarvanaDataset, find_pairs, read_sample
+from dataset import CarvanaDataset, read_sample
 from decoding import VOID, Rule, UserError, decode_mask, read_image, read_mask
+from pairing import find_pairs
 
 
 def photo_and_mask(height: int = 40, width: int = 60) -> tuple[np.ndarray, np.ndarray]:

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 import sample_data
-from dataset import find_pairs
 from decoding import read_mask
+from pairing import find_pairs
 
 
 def test_layout_is_carvanas(drawn):

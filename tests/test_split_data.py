@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import split_data
-from dataset import find_pairs
 from decoding import UserError
+from pairing import find_pairs
 
 
 def zip_folder(folder: Path, target: Path, prefix: str = "") -> Path:

@@ -1,0 +1,99 @@
+"""Names of files: which of them are photos and masks, and which mask belongs to which photo."""
+
+import os
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from decoding import UserError
+
+# The endings of photos and masks, in the order in which masks are sought
+SUFFIXES = (".gif", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp", ".jfif", ".jpe", ".avif", ".jp2", ".ppm")
+SUFFIXES += (".pgm", ".tga", ".mpo", ".heic", ".heif")
+MASK_SUFFIX = "_mask"  # the mask of xxx.jpg is xxx_mask.gif
+
+
+def find_pairs(image_dir: Path, mask_dir: Path, suffix: str = MASK_SUFFIX) -> list[tuple[Path, Path]]:
+    """Pairs every image with its mask, sorted by image name.
+
+    The mask of `xxx.jpg` is `xxx_mask.gif`, else `xxx_mask` with another ending of SUFFIXES, else `xxx` with any of
+    them. Files with other endings and hidden files are left alone. Raises UserError for a folder that is missing or
+    empty, two images of one stem, and an image or a mask without its partner.
+    """
+    images = _list_by_stem(image_dir)
+    masks, unused = find_masks(images, mask_dir, suffix)
+    if image_dir.resolve() == mask_dir.resolve():
+        raise UserError(f"{image_dir} is given for both images and masks: put the masks into a folder of their own")
+    for stem, found in sorted(images.items()):
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1].name} have one stem: rename one of them and its mask")
+        if stem not in masks:
+            advice = _other_suffix(stem, images, unused) or "or remove the image"
+            raise UserError(f"{found[0]} has no mask: add {mask_dir / stem}{suffix}.gif (or .png), {advice}")
+    if unused:
+        raise UserError(f"{unused[0]} has no image in {image_dir}: add the image, or remove the mask")
+    return [(found[0], masks[stem]) for stem, found in sorted(images.items())]
+
+
+def _other_suffix(stem: str, images: Iterable[str], masks: list[Path]) -> str | None:
+    """What to say where an image has no mask, but masks of another suffix are there."""
+    names = {stem_of(mask): mask.name for mask in masks}
+    endings = [name.removeprefix(stem) for name in names if name.startswith(stem)]
+    if not endings:
+        return names and f"or give masks their images' names: {next(iter(names.values()))} is of none"
+    ending = max(endings, key=lambda ending: sum(image + ending in names for image in images))
+    flag = f"--mask-suffix{'=' if ending.startswith('-') else ' '}{ending}"
+    return f"or remove the image; found {names[stem + ending]}: is it {flag}?"
+
+
+def find_masks(stems: Iterable[str], mask_dir: Path, suffix: str = MASK_SUFFIX) -> tuple[dict[str, Path], list[Path]]:
+    """The mask of each image stem that has one, by find_pairs' rule, and the masks that are of no stem, sorted."""
+    masks = _list_by_stem(mask_dir)
+    found, unused = {}, {mask for candidates in masks.values() for mask in candidates}
+    for stem in stems:
+        if candidates := masks.get(f"{stem}{suffix}", []) + masks.get(stem, []):
+            found[stem] = candidates[0]
+            unused.difference_update(candidates)
+    return found, sorted(unused)
+
+
+def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The folder's images by stem, those of one stem in the order of SUFFIXES."""
+    found: dict[str, list[Path]] = {}
+    files = files_in(folder)
+    for path in filter(is_image, files):
+        found.setdefault(stem_of(path), []).append(path)
+    if not found:
+        only = f" but {files[0].name}" if files else ""
+        raise UserError(
+            f"{folder} has no photos or masks ({', '.join(SUFFIXES)}){only}: add them, or correct the setting"
+        )
+    for paths in found.values():
+        paths.sort(key=lambda path: SUFFIXES.index(path.suffix.lower()))
+    return found
+
+
+def files_in(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, sorted by name. Raises UserError if it cannot be read."""
+    try:
+        return sorted(Path(folder, entry.name) for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}): create the folder, or correct the setting"
+        ) from error
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's ending is one of SUFFIXES."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def passed_over(paths: Iterable[Path], where: str | Path) -> list[str]:
+    """A line about those of these paths that are read as neither photo nor mask, if there are any."""
+    others = [path for path in paths if not is_image(path)]
+    return [f"passed over in {where}, by their endings: {len(others)}, such as {others[0].name}"] if others else []
+
+
+def stem_of(path: Path) -> str:
+    """The name without its ending, in NFC: macOS writes names as NFD."""
+    return unicodedata.normalize("NFC", path.stem)
