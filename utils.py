@@ -272,14 +272,10 @@ def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
 
 def checkpoint_to_start_from(s: SimpleNamespace) -> dict | None:
     """The checkpoint whose weights this new run begins with, or None. Raises UserError if it is of another network."""
-    if not s.start_from:
-        return None
-    checkpoint = load_checkpoint(Path(s.start_from))
-    for name, wanted in (("encoder", s.encoder), ("features", None if s.encoder else list(s.features))):
-        if (before := checkpoint["model"].get(name)) != wanted:
-            raise UserError(
-                f"{s.start_from} has {name.upper()} = {before}, not {wanted}: set that, or another START_FROM"
-            )
+    checkpoint = s.start_from and load_checkpoint(Path(s.start_from))
+    network = checkpoint and (checkpoint["model"].get("encoder") or checkpoint["model"]["features"])
+    if network and network != (wanted := s.encoder or list(s.features)):
+        raise UserError(f"{s.start_from} is of {network}, not of {wanted}: set FEATURES or ENCODER to what it is of")
     return checkpoint
 
 
