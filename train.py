@@ -69,7 +69,7 @@ TIMEOUT_MINUTES = 10.0  # under torchrun, until a process that is silent counts 
 
 # What a run reads and leaves.
 LOAD_MODEL = False  # True continues from CHECKPOINT
-START_FROM: str | None = None  # a checkpoint whose weights a new run begins with, for other photos or another size
+START_FROM: str | None = None  # a checkpoint whose weights a new run begins with: for other photos or another size
 CHECKPOINT = "my_checkpoint.pth.tar"  # the newest state; the best weights go to my_checkpoint_best.pth.tar
 CHECKPOINT_MINUTES = 10.0  # between two checkpoints, of which every epoch's end has one, too
 SAVED_IMAGES_DIR = "saved_images"  # pictures, metrics.csv, and a page to browse them: index.html
@@ -167,7 +167,8 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
     model.to(device.device, memory_format=device.memory_format)
     if distributed.WORLD_SIZE > 1 and device.device.type == "cuda" and s.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = Muon(muon_groups(model, s.learning_rate, s.weight_decay))
+    rate = s.learning_rate * (0.3 if s.start_from else 1)  # at its full rate Dice fell from 0.977 to 0.962 at first
+    optimizer = Muon(muon_groups(model, rate, s.weight_decay))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # which the schedule multiplies
 
@@ -318,6 +319,8 @@ def train(s: SimpleNamespace) -> None:
     # Of several machines' torchruns only the one whose process has died counts the restart
     is_restart = distributed.all_reduce_max(distributed.RESTARTS) > 0
     checkpoint = distributed.broadcast_object(utils.checkpoint_to_continue, s, is_restart)
+    if checkpoint:
+        s.start_from = checkpoint["settings"].get("start_from")  # it goes on as it began
     start = None if checkpoint else distributed.broadcast_object(utils.checkpoint_to_start_from, s)
     train_loader, val_loader = load_data(s, device, rule_from(checkpoint and checkpoint["rule"]))
     train_set, val_set = train_loader.dataset, val_loader.dataset

@@ -1,12 +1,12 @@
 """START_FROM: a new run begins with the weights of another."""
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import rows, same, weights
 
+import train
 from decoding import UserError
 
 
@@ -39,9 +39,14 @@ def test_it_is_ignored_when_continuing(project, run_train, capsys):
     Path("my_checkpoint.pth.tar").rename("first.pth.tar")
     flags = ["--start-from", "first.pth.tar"]
     run_train("--num-epochs", "2", *flags)
+    rates = torch.load("my_checkpoint.pth.tar")["optimizer"]["param_groups"]
+    assert rates[0]["initial_lr"] == 0.3 * train.LEARNING_RATE
     wanted = weights()
-    run_train("--num-epochs", "2", *flags)
     Path("first.pth.tar").unlink()
-    run_train("--num-epochs", "2", *flags, "--load-model")
-    assert same(wanted, weights())
-    assert re.search("Continuing after 2 epochs", capsys.readouterr().out)
+    for flag in (flags, []):
+        run_train("--num-epochs", "2", *flag, "--load-model")
+        assert "Continuing after 2 epochs" in capsys.readouterr().out
+        assert same(wanted, weights())
+    run_train("--num-epochs", "3", "--load-model")
+    rates = torch.load("my_checkpoint.pth.tar")["optimizer"]["param_groups"]
+    assert rates[0]["initial_lr"] == 0.3 * train.LEARNING_RATE  # it goes on as it began
