@@ -204,7 +204,7 @@ class UNet(nn.Module):
         self.ups = nn.ModuleList()  # twice the height and width, and the stage's channels
         self.up_convs = nn.ModuleList()  # merges that with the skip of as many channels
         for skip in reversed(skips):
-            feature = max(32, skip or channels // 2) if encoder else skip  # its first stages may lack a skip
+            feature = max(64, skip) if encoder else skip  # thinner stages learn slowly
             self.ups.append(UpConv(channels, feature, 2, stride=2))
             self.up_convs.append(DoubleConv(skip + feature, feature))
             channels = feature

@@ -64,9 +64,9 @@ def test_an_encoder_may_have_features_at_full_size_or_begin_at_a_quarter():
         models = {name: UNet(encoder=name) for name in ("vgg11_bn", *TESTED)}
     assert {name: [up.out_channels for up in model.ups] for name, model in models.items()} == {
         "vgg11_bn": [512, 512, 256, 128, 64],
-        "resnet34": [256, 128, 64, 64, 32],
-        "convnext_tiny": [384, 192, 96, 48, 32],
-        "tf_efficientnet_lite0": [112, 40, 32, 32, 32],
+        "resnet34": [256, 128, 64, 64, 64],
+        "convnext_tiny": [384, 192, 96, 64, 64],
+        "tf_efficientnet_lite0": [112, 64, 64, 64, 64],
     }
 
 
