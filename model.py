@@ -109,10 +109,12 @@ class Encoder(nn.Module):
         timm, options = timm_with(self.name), {"features_only": True, "pretrained": True}
         if file:
             options["pretrained_cfg_overlay"] = {"state_dict": read_weights(self.name, file)}
+        else:
+            print(f"The weights of {self.name} are downloaded, unless an earlier run has done so.", flush=True)
         try:
             trained = timm.create_model(self.name, **options)
         except Exception as error:  # what timm downloads with raises many kinds
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].partition(". ")[0]
             raise UserError(
                 f"the weights of ENCODER {self.name} cannot be downloaded ({reason}): connect to the internet, or give "
                 "the weights with --encoder-weights FILE"
@@ -129,7 +131,8 @@ def timm_with(name: str) -> ModuleType:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models()) or ["resnet34", "convnext_tiny"]
         raise UserError(f"timm {timm.__version__} has no encoder {name!r}: set ENCODER to {' or '.join(close)}")
-    logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of weights that are left over, the classifier's
+    for package in ("timm", "huggingface_hub"):  # which warn of the classifier's weights, and of each of 12 tries
+        logging.getLogger(package).setLevel(logging.ERROR)
     return timm
 
 

@@ -86,14 +86,14 @@ def check_settings(s: SimpleNamespace) -> None:
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) else 1
     smallest = 64 if s.encoder else max(16, multiple)
     side = lambda v: v >= smallest  # noqa: E731
-    is_file = lambda v: v is None or s.load_model or Path(v).is_file()  # noqa: E731
+    is_file = lambda v: v is None or (s.encoder and (s.load_model or Path(v).is_file()))  # noqa: E731
     parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
     check_ranges(s, (
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
         ("image_height", int, side, f"a whole number, at least {smallest}"),
         ("image_width", int, side, f"a whole number, at least {smallest}"),
         ("encoder", str | None, lambda v: v != "", 'the name of a network of timm, such as "resnet34", or to None'),
-        ("encoder_weights", str | None, is_file, "a file with the encoder's weights, or to None"),
+        ("encoder_weights", str | None, is_file, "a file with the weights of ENCODER, or to None"),
         ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)),
          "labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to None"),
         ("mask_suffix", str, lambda v: True, "what follows a photo's name in its mask's, such as _mask"),

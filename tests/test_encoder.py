@@ -225,7 +225,9 @@ def test_a_damaged_file_of_weights(pretrained, run_train):
 
 def test_a_file_of_weights_that_does_not_exist(project, run_train):
     message = refusal(run_train, "--encoder", "test_resnet", "--encoder-weights", "nowhere.pth")
-    assert message == "ENCODER_WEIGHTS is 'nowhere.pth': set it to a file with the encoder's weights, or to None"
+    assert message == "ENCODER_WEIGHTS is 'nowhere.pth': set it to a file with the weights of ENCODER, or to None"
+    Path("weights.pth").touch()
+    assert "ENCODER_WEIGHTS is 'weights.pth'" in refusal(run_train, "--encoder-weights", "weights.pth")  # no ENCODER
 
 
 def test_a_size_below_64(project, run_train):
