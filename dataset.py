@@ -43,7 +43,10 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
     The file that was there is kept as `previous`, if that is given.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    name = f"{path.name}.tmp"
+    if len(os.fsencode(name)) > 255:  # which is the longest that most disks allow
+        name = f"{path.name[:-4]}.tmp"
+    temporary = path.with_name(name)
     try:
         yield temporary
         if previous and path.exists():
@@ -51,6 +54,18 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy(file: Path, target: Path) -> None:
+    with written_whole(target) as temporary:
+        shutil.copyfile(file, temporary)
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, or one that knows no hard links
+        copy(file, target)
 
 
 def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: Iterable[tuple]) -> Iterator[Future]:
@@ -83,8 +98,8 @@ def read_sample(
     if own_size != mask_size:
         raise UserError(
             f"{mask_path} is {mask_size[1]} x {mask_size[0]} pixels, but its image {image_path.name} is "
-            f"{own_size[1]} x {own_size[0]}{' (turned by EXIF)' * note.is_turned}: make the mask again at the image's "
-            "size"
+            f"{own_size[1]} x {own_size[0]}: "
+            + ("turn the mask upright, as EXIF turns the image" if note.is_turned else "make it again at that size")
         )
     return image, mask, own_size, note
 
@@ -372,7 +387,7 @@ def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
     lines += describe_rule(train)
     for data in (train, val):
         if turned := sum(note.is_turned for note in data.notes):
-            lines.append(f"turned by EXIF: {turned} photos of {data.image_dir}, whose masks are taken as upright")
+            lines.append(f"photos turned by EXIF in {data.image_dir}: {turned}; their masks are taken as upright")
         for folder in (data.image_dir, data.mask_dir):
             lines += passed_over(files_in(folder), folder)
     known = set(train.infos["checksum"].tolist())

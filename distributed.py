@@ -27,6 +27,7 @@ from decoding import UserError
 # torchrun's names: this process and how many there are, the same on its machine, and how often torchrun restarted it.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -224,8 +225,12 @@ def reserved(s: SimpleNamespace) -> Iterator[None]:
     files = {"CHECKPOINT": path.with_name(f".{path.name}.lock"), "SAVED_IMAGES_DIR": Path(s.saved_images_dir, ".lock")}
     with ExitStack() as locks:
         for setting, file in files.items() if RANK == 0 else ():
-            try:  # a run that was killed leaves workers, which hold its locks for 5 seconds more
-                locks.enter_context(FileLock(file, timeout=15))
+            try:
+                try:
+                    locks.enter_context(FileLock(file, timeout=0))
+                except Timeout:
+                    tqdm.write(f"Another run is writing there: waiting {LOCK_SECONDS} seconds for its end.")
+                    locks.enter_context(FileLock(file, timeout=LOCK_SECONDS))
             except Timeout as error:
                 used = f"{setting} {getattr(s, setting.lower())}"
                 raise UserError(f"{used} is in use by another run: wait for its end, or choose another") from error

@@ -61,3 +61,12 @@ def boundary_f1(prediction: np.ndarray, mask: np.ndarray, known: np.ndarray) -> 
     )
     precision, recall = near_true[predicted > 0].mean(), near_predicted[true > 0].mean()
     return float(2 * precision * recall / max(precision + recall, 1e-9))
+
+
+def uncertain_share(probabilities: np.ndarray) -> float:
+    """The share of what may be the object (above 0.2) that is not certain (below 0.8), of float32 (H, W); 0 of nothing.
+
+    An object that the threshold loses altogether counts, too.
+    """
+    possible, certain = (np.count_nonzero(probabilities >= limit) for limit in (0.2, 0.8))
+    return 1 - certain / possible if possible else 0.0

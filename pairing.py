@@ -1,6 +1,7 @@
 """Names of files: which of them are photos and masks, and which mask belongs to which photo."""
 
 import os
+import shlex
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +18,10 @@ def find_pairs(image_dir: Path, mask_dir: Path, suffix: str = MASK_SUFFIX) -> li
     """Pairs every image with its mask, sorted by image name.
 
     The mask of `xxx.jpg` is `xxx_mask.gif`, else `xxx_mask` with another ending of SUFFIXES, else `xxx` with any of
-    them. Files with other endings and hidden files are left alone. Raises UserError for a folder that is missing or
-    empty, two images of one stem, and an image or a mask without its partner.
+    them; `suffix` takes the place of `_mask`. Files with other endings and hidden files are left alone.
+
+    Raises UserError for a folder that is missing or empty, two images of one stem, and an image or a mask without its
+    partner.
     """
     images = _list_by_stem(image_dir)
     masks, unused = find_masks(images, mask_dir, suffix)
@@ -28,27 +31,27 @@ def find_pairs(image_dir: Path, mask_dir: Path, suffix: str = MASK_SUFFIX) -> li
         if len(found) > 1:
             raise UserError(f"{found[0]} and {found[1].name} have one stem: rename one of them and its mask")
         if stem not in masks:
-            advice = _other_suffix(stem, images, unused) or "or remove the image"
-            raise UserError(f"{found[0]} has no mask: add {mask_dir / stem}{suffix}.gif (or .png), {advice}")
+            advice = other_suffix(stem, images, unused) or f"add {mask_dir / stem}{suffix}.gif (or .png)"
+            raise UserError(f"{found[0]} has no mask: {advice}, or remove the image")
     if unused:
         raise UserError(f"{unused[0]} has no image in {image_dir}: add the image, or remove the mask")
     return [(found[0], masks[stem]) for stem, found in sorted(images.items())]
 
 
-def _other_suffix(stem: str, images: Iterable[str], masks: list[Path]) -> str | None:
-    """What to say where an image has no mask, but masks of another suffix are there."""
+def other_suffix(stem: str, images: Iterable[str], masks: list[Path]) -> str | None:
+    """What to do where an image has no mask, but masks are there that are of no image; None without those."""
     names = {stem_of(mask): mask.name for mask in masks}
     endings = [name.removeprefix(stem) for name in names if name.startswith(stem)]
     if not endings:
-        return names and f"or give masks their images' names: {next(iter(names.values()))} is of none"
+        return f"give masks their images' names ({masks[0].name} is of none)" if masks else None
     ending = max(endings, key=lambda ending: sum(image + ending in names for image in images))
-    flag = f"--mask-suffix{'=' if ending.startswith('-') else ' '}{ending}"
-    return f"or remove the image; found {names[stem + ending]}: is it {flag}?"
+    flag = f"--mask-suffix{'=' if ending.startswith('-') else ' '}{shlex.quote(ending)}"
+    return f"found {names[stem + ending]}: is it {flag}? If not, add its mask"
 
 
 def find_masks(stems: Iterable[str], mask_dir: Path, suffix: str = MASK_SUFFIX) -> tuple[dict[str, Path], list[Path]]:
     """The mask of each image stem that has one, by find_pairs' rule, and the masks that are of no stem, sorted."""
-    masks = _list_by_stem(mask_dir)
+    masks, suffix = _list_by_stem(mask_dir), nfc(suffix)
     found, unused = {}, {mask for candidates in masks.values() for mask in candidates}
     for stem in stems:
         if candidates := masks.get(f"{stem}{suffix}", []) + masks.get(stem, []):
@@ -64,10 +67,9 @@ def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
     for path in filter(is_image, files):
         found.setdefault(stem_of(path), []).append(path)
     if not found:
-        only = f" but {files[0].name}" if files else ""
-        raise UserError(
-            f"{folder} has no photos or masks ({', '.join(SUFFIXES)}){only}: add them, or correct the setting"
-        )
+        only = f", but {files[0].name}{', a folder, which is not searched' * files[0].is_dir()}" if files else ""
+        endings = ", ".join(SUFFIXES)
+        raise UserError(f"{folder} has no photos or masks ({endings}){only}: add them, or correct the setting")
     for paths in found.values():
         paths.sort(key=lambda path: SUFFIXES.index(path.suffix.lower()))
     return found
@@ -90,10 +92,29 @@ def is_image(path: Path) -> bool:
 
 def passed_over(paths: Iterable[Path], where: str | Path) -> list[str]:
     """A line about those of these paths that are read as neither photo nor mask, if there are any."""
-    others = [path for path in paths if not is_image(path)]
-    return [f"passed over in {where}, by their endings: {len(others)}, such as {others[0].name}"] if others else []
+    others = [path.name for path in paths if not is_image(path)]
+    return [f"passed over in {where}, no photos by their endings: {len(others)}, such as {others[0]}"] if others else []
 
 
 def stem_of(path: Path) -> str:
-    """The name without its ending, in NFC: macOS writes names as NFD."""
-    return unicodedata.normalize("NFC", path.stem)
+    """The name without its ending, in NFC."""
+    return nfc(path.stem)
+
+
+def nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # macOS writes names as NFD
+
+
+def key_of(name: str) -> str:
+    """What names have in common that some disks take for one: A.jpg and a.jpg."""
+    return nfc(name).casefold()
+
+
+def free_name(stem: str, taken: set[str]) -> str:
+    """The stem, with a number if it is taken, which it then is."""
+    name, number = stem, 1
+    while key_of(name) in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(key_of(name))
+    return name

@@ -3,6 +3,7 @@
     python predict.py photo.jpg folder 'more/*.png'               # predictions/<name>_mask.png: 255 on the car, else 0
     python predict.py folder --cutout --background white          # the car without its background, and on another
     python predict.py data/val_images --mask-dir data/val_masks   # and scores against the truth, worst photos first
+    python predict.py folder --labelme --label car                # outlines, to be corrected in LabelMe
     python predict.py test --submission submission.csv.gz         # Kaggle's format; continues where it was stopped
     torchrun --nproc_per_node=4 predict.py folder                 # shares the photos among four processes
 
@@ -13,7 +14,6 @@ import argparse
 import glob
 import sys
 import time
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,13 +31,14 @@ from torch import nn
 from tqdm import tqdm
 
 import utils
+from annotations import write_labelme
 from dataset import NUM_THREADS, in_threads, large_ones_wait
 from decoding import VOID, Rule, UserError, decode_mask, enlarge, read_image, read_opacity, resize, rule_from
 from device import Device, choose_device, memory_errors
 from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
-from metrics import boundary_f1, confusion, image_scores
+from metrics import boundary_f1, confusion, image_scores, uncertain_share
 from model import UNet
-from pairing import MASK_SUFFIX, SUFFIXES, find_masks, is_image, passed_over, stem_of
+from pairing import MASK_SUFFIX, SUFFIXES, find_masks, free_name, is_image, other_suffix, passed_over, stem_of
 from settings import Parser, check_ranges, check_writable
 from submission import Submission, check_table, rle_encode
 
@@ -277,7 +278,7 @@ def find_photos(inputs: list[str]) -> list[Photo]:
         elif not folder.exists():
             found = sorted(map(Path, glob.glob(given, recursive=True)))  # noqa: PTH207
         if found != [folder]:
-            found = [path for path in found if is_image(path)]
+            found = [path for path in found if is_image(path) and path.is_file()]
         found = [path for path in found if not (path.stem.endswith(tuple(OUTPUTS)) and is_ours(path))]
         if not found:
             raise UserError(f"{given}: no photos there ({', '.join(SUFFIXES)}): correct the path")
@@ -285,12 +286,7 @@ def find_photos(inputs: list[str]) -> list[Photo]:
             paths.setdefault(path.resolve(), path)
 
     for path in paths.values():
-        name, number = path.stem, 1
-        while unicodedata.normalize("NFC", name).casefold() in taken:  # some disks take A.jpg and a.jpg for one
-            number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(unicodedata.normalize("NFC", name).casefold())
-        photos.append(Photo(path, name))
+        photos.append(Photo(path, free_name(path.stem, taken)))
     if RANK == 0 and lines:
         print("\n".join(lines))
     return photos
@@ -306,6 +302,8 @@ def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:
         if photo.mask and (other := of.setdefault(photo.mask, photo.path)) != photo.path:
             raise UserError(f"{photo.mask} is the mask of both {other} and {photo.path}: give one of them at a time")
     without = [photo.path for photo in photos if not photo.mask]
+    if len(without) == len(photos):
+        raise UserError(f"no photo has a mask in {mask_dir}: {other_suffix(stems[0], stems, unused)}")
     for kind, lonely in (("Masks without photo", unused), ("Photos without mask, not scored", without)):
         if lonely and RANK == 0:
             print(f"{kind}: {len(lonely)}, such as {lonely[0]}")
@@ -354,7 +352,12 @@ def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, rule: Rule | Non
         runs = rle_encode(prediction.mask) if args.submission else None
         for kind in args.outputs:
             write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
+        shapes = args.output_dir / f"{photo.name}.json"
+        if args.labelme and not write_labelme(shapes, prediction.mask, photo.path, args.label, args.min_area):
+            tqdm.write(f"kept: {shapes}, which was made or corrected by hand")
         scores = score(prediction.mask, photo.mask, rule) if photo.mask else None
+        if args.labelme and not photo.mask:
+            scores = {"uncertain": uncertain_share(prediction.probabilities)}
     return photo, scores, runs
 
 
@@ -367,7 +370,8 @@ def score(mask: np.ndarray, path: Path, rule: Rule | None) -> dict[str, float]:
     pixels = mask > 0, true_mask == 1, true_mask != VOID
     counts = confusion(*(torch.from_numpy(part)[None] for part in pixels))
     scores = {name: value.item() for name, value in image_scores(*(part.double() for part in counts)).items()}
-    return scores | {"boundary_f1": boundary_f1(*pixels)}
+    scores |= {"boundary_f1": boundary_f1(*pixels)}
+    return {name: scores[name] for name in SCORES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +387,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for kind, (_, text) in OUTPUTS.items():
         takes_value = {"metavar": "COLOUR|IMAGE"} if kind == "background" else {"action": "store_true"}
         add(f"--{kind}", help=f"<name>_{kind}.png: {text}".replace("%", "%%"), **takes_value)
+    add("--labelme", action="store_true", help="<name>.json: the object's outlines, to correct them in LabelMe")
+    add("--label", default="object", help="the object's label in LabelMe's files [object]")
+    add("--min-area", type=int, default=10, help="smaller objects and holes are left out of these, in pixels [10]")
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")
     add("--mask-dir", type=Path, help="true masks: scores at the photos' original size, in <output-dir>/scores.csv")
     add("--mask-suffix", default=MASK_SUFFIX, help="the mask of xxx.jpg is xxx_mask.gif (or .png, ...) [_mask]")
@@ -390,14 +397,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, default=0.5, help="the probability above which a pixel is foreground [0.5]")
     add("--tta", action="store_true", help="averages photo and mirror image: twice the time, a little better")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="the network sees photos at this size [training's]")
-    add(
-        "--tile",
-        type=int,
-        nargs="?",
-        const=512,
-        metavar="N",
-        help="it sees N x N of them at once, at --size or their own [512]",
-    )
+    tiles = "it sees N x N of them at once, at --size or their own [512]"
+    add("--tile", type=int, nargs="?", const=512, metavar="N", help=tiles)
     add("--batch-size", type=int, default=8, help="photos that the network sees at once [8]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first that is there]")
     args = parser.parse_args(argv)
@@ -406,6 +407,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         (
             ("threshold", float, lambda v: 0 < v < 1, "a number between 0 and 1"),
             ("size", list | None, lambda v: v is None or min(v) >= 16, "height and width, at least 16"),
+            ("min_area", int, lambda v: v >= 0, "a whole number of pixels, at least 0"),
             ("batch_size", int, lambda v: v >= 1, "a whole number, at least 1"),
         ),
         lambda name: f"--{name.replace('_', '-')}",
@@ -458,7 +460,7 @@ def predict_all(
         finished = in_threads(pool, depth, finish, ((*item, model.rule, args) for item in logits))
         for photo, row, runs in without_failures(finished, failures):
             if row:
-                scores.append({"photo": str(photo.path)} | {name: row[name] for name in SCORES})
+                scores.append({"photo": str(photo.path)} | row)
             if submission:
                 submission.add(photo.path, runs)
             bar.update()
@@ -477,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     model = load_network(args)
     photos = find_photos(args.inputs)
-    if args.outputs or args.mask_dir:
+    if args.outputs or args.mask_dir or args.labelme:
         check_writable(args.output_dir, "--output-dir")
     if args.mask_dir:
         add_masks(photos, args.mask_dir, args.mask_suffix)
@@ -498,11 +500,16 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     failed = sum(len(failures) for failures, _ in everyone)
-    scores = sorted((row for _, rows in everyone for row in rows), key=lambda row: row["dice"])
+    rows = [row for _, rows in everyone for row in rows]
+    scores = sorted((row for row in rows if "dice" in row), key=lambda row: row["dice"])
+    uncertain = sorted((row for row in rows if "uncertain" in row), key=lambda row: -row["uncertain"])
     print(f"{len(photos) - failed} photos in {time.perf_counter() - start:.1f} s: {args.submission or args.output_dir}")
     if scores:
         utils.save_metrics(scores, args.output_dir / "scores.csv")
         print_scores(scores)
+    if uncertain:
+        print(f"The least certain of {len(uncertain)} photos, and the share of the object that is:")
+        print("\n".join(f"{row['uncertain']:16.4f}  {row['photo']}" for row in uncertain[:20]))
     if submission:
         submission.write(is_complete=not failed)
     if failed:

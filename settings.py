@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from decoding import UserError
 from distributed import WORLD_SIZE
 from model import size_multiple
+from pairing import SUFFIXES
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,7 +97,8 @@ def check_settings(s: SimpleNamespace) -> None:
         ("encoder_weights", str | None, is_file, "a file with the weights of ENCODER, or to None"),
         ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)),
          "labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to None"),
-        ("mask_suffix", str, lambda v: True, "what follows a photo's name in its mask's, such as _mask"),
+        ("mask_suffix", str, lambda v: not v.lower().endswith(SUFFIXES),
+         "what follows a photo's name in its mask's, without .png, such as _mask"),
         ("num_epochs", int, lambda v: v >= 1, "a whole number, at least 1"),
         ("accumulation", int, lambda v: v >= 1, "a whole number, at least 1"),
         ("batch_size", int, lambda v: v >= 1 and v % parts == 0, f"a whole number, {parts_of_batch}"),

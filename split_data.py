@@ -21,10 +21,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from dataset import car_of, read_sample, written_whole
+from dataset import car_of, copy, link_or_copy, read_sample, written_whole
 from decoding import UserError
 from distributed import run
-from pairing import MASK_SUFFIX, find_pairs, is_image, passed_over
+from pairing import MASK_SUFFIX, find_pairs, is_image, nfc, passed_over, stem_of
 from settings import Parser
 
 NOT_SEARCHED = {"test", "test_hq", "sample", "cache", "saved_images"}  # test photos have no masks; the others are ours
@@ -75,49 +75,33 @@ def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
         raise UserError(f"{archive.filename} is damaged at {member.filename} ({error}): download it again") from error
 
 
-def copy(file: Path, target: Path) -> None:
-    with written_whole(target) as temporary:
-        shutil.copyfile(file, temporary)
-
-
-def link_or_copy(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # another disk, or one that knows no hard links
-        copy(file, target)
-
-
 def gather(sources: Iterator[Source], stage: Path, suffix: str) -> dict[str, str]:
     """Brings every photo and mask into stage/images or stage/masks; returns where each came from, by its name there.
 
-    Masks are the files whose names end in `suffix`, which becomes train.py's.
+    Masks are the files whose names end in `suffix`.
     """
     origins: dict[str, str] = {}
     others = []
     for name, origin, bring in tqdm(sources, desc="gathering", unit="file", disable=None):
-        stem, ending = os.path.splitext(name)  # noqa: PTH122
-        is_mask = stem.endswith(suffix)
         if not is_image(Path(name)):
             others.append(Path(origin))
             continue
-        if is_mask:
-            name = f"{stem.removesuffix(suffix)}{MASK_SUFFIX}{ending}"
         if name in origins:
             raise UserError(f"{name} is there twice, as {origins[name]} and as {origin}: give only one of them")
         origins[name] = origin
-        bring(stage / ("masks" if is_mask else "images") / name)
+        bring(stage / ("masks" if stem_of(Path(name)).endswith(suffix) else "images") / name)
     print("\n".join(passed_over(others, "the sources")), end="\n" * bool(others))
     return origins
 
 
-def verify(stage: Path, origins: dict[str, str]) -> list[tuple[Path, Path]]:
+def verify(stage: Path, origins: dict[str, str], suffix: str) -> list[tuple[Path, Path]]:
     """The pairs in the stage, each decoded once. Raises UserError for a file without partner and for a broken one."""
-    advice = "masks, whose names end in --mask-suffix: was train_masks.zip forgotten"
+    advice = f"masks, whose names end in {suffix} (--mask-suffix): was train_masks.zip forgotten"
     for kind, rule in (("images", "photos"), ("masks", advice)):
         if not any((stage / kind).iterdir()):
             raise UserError(f"the sources hold no {rule}? Give photos and masks (a zip inside a zip: unpack it first)")
     try:
-        pairs = find_pairs(stage / "images", stage / "masks")
+        pairs = find_pairs(stage / "images", stage / "masks", suffix)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             decoded = pool.map(lambda pair: read_sample(*pair, (16, 16)), pairs)
             for _ in tqdm(decoded, desc="verifying", total=len(pairs), unit="pair", disable=None):
@@ -158,12 +142,14 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
             (stage / kind).mkdir(parents=True)
         bring = {"copy": copy, "link": os.link, "move": link_or_copy}[how]
         origins = gather(find_sources(sources, bring), stage, suffix)
-        pairs = verify(stage, origins)
+        pairs = verify(stage, origins, suffix)
         val_cars = choose_val_cars({group_of(image) for image, _ in pairs}, val_share, seed)
         places = {}
         for image, mask in pairs:
             name = "val" if group_of(image) in val_cars else "train"
-            places |= {f"images/{image.name}": f"{name}_images", f"masks/{mask.name}": f"{name}_masks"}
+            train_pys = mask.name if suffix == MASK_SUFFIX else f"{image.stem}{MASK_SUFFIX}{mask.suffix}"
+            places[f"images/{image.name}"] = f"{name}_images/{image.name}"
+            places[f"masks/{mask.name}"] = f"{name}_masks/{train_pys}"
         placed = {Path(file).name for file in places}  # not a second mask of a photo, which find_pairs passes over
         originals = [Path(origin).absolute() for name, origin in origins.items() if how == "move" and name in placed]
         with written_whole(plan) as temporary:
@@ -177,7 +163,7 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
         folder.mkdir(parents=True, exist_ok=True)
     for file, place in todo["places"].items():
         if (stage / file).exists():
-            (stage / file).replace(data_dir / place / Path(file).name)
+            (stage / file).replace(data_dir / place)
     for original in todo["delete"]:
         Path(original).unlink(missing_ok=True)
     shutil.rmtree(stage)
@@ -198,12 +184,14 @@ def main(argv: list[str] | None = None) -> None:
     how.add_argument("--move", dest="how", action="store_const", const="move", help="delete the originals in folders")
     how.add_argument("--link", dest="how", action="store_const", const="link", help="hard-link them: takes no space")
     args = parser.parse_args(argv)
+    if not args.mask_suffix:
+        raise UserError("--mask-suffix is empty: give masks and photos names by which they can be told apart")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}: choose a whole number, at least 0")
     if not 0 < args.val_share < 1:
         raise UserError(f"--val-share is {args.val_share}: choose a share between 0 and 1, such as 0.15")
     try:
-        split(args.sources, args.data_dir, args.val_share, args.seed, args.how or "copy", args.mask_suffix)
+        split(args.sources, args.data_dir, args.val_share, args.seed, args.how or "copy", nfc(args.mask_suffix))
     except OSError as error:
         place = error.filename or args.data_dir
         raise UserError(f"{place}: {error.strerror}: make room there, or choose another --data-dir") from error

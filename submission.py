@@ -10,6 +10,7 @@ import json
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,13 @@ class Submission:
         return sorted(self.path.parent.glob(f"{glob.escape(self.prefix)}*.part"))
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """(photo's name, runs) of every whole line; the one at which a process was killed lacks its end."""
+        """(photo's name, runs) of every line that is whole, as that is not at which a process was killed."""
         for part in self.parts():
             with part.open(encoding="utf-8") as file:
-                yield from (json.loads(line) for line in file if line.endswith("\n"))
+                for line in file:
+                    with suppress(ValueError):
+                        name, runs = json.loads(line)
+                        yield name, runs
 
     def add(self, photo: Path, runs: str) -> None:
         self.part.write(json.dumps((photo.name, runs)) + "\n")  # a name may hold commas, line ends, or be no text

@@ -301,13 +301,18 @@ def _damage(path: Path) -> str | None:
     """What is wrong with the zip file that torch.save has written: torch.load does not look at its checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return "is damaged" if archive.testzip() else None
+            if archive.testzip():
+                return "is damaged"
+        torch.load(path, "cpu", weights_only=True, mmap=True)  # looks at the rest of the zip file, and reads no weights
     except FileNotFoundError:
         return "does not exist"
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): fix that, or choose another") from error
+    except pickle.UnpicklingError:  # of which load_checkpoint says more
+        pass
     except Exception:  # zipfile raises many kinds on damaged files
         return "is damaged or no checkpoint"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,13 +5,18 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in child processes, too: tiny networks' threads wait for one another
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for a process that runs no script of this folder
+import numpy as np
 import pytest
 import torch
 
+import predict
 import train
 import utils
+from decoding import read_image
+from model import UNet
 from sample_data import draw_dataset
 
+PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SMALL = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", "0"]
 
 
@@ -35,6 +40,29 @@ def project(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def run_train():
     """Runs train.py with a tiny network at a tiny size."""
     return lambda *flags: train.main([*SMALL, *flags])
+
+
+@pytest.fixture
+def photos(project) -> list[Path]:
+    """Eight photos in data/val_images, and a random network that takes half of the first one for foreground."""
+    found = sorted(Path("data/val_images").iterdir())
+    for photo in found[8:]:
+        photo.unlink()
+        Path("data/val_masks", f"{photo.stem}_mask.gif").unlink()
+    torch.manual_seed(0)
+    model = UNet(3, 1, (8, 16))
+    torch.nn.init.normal_(model.head.weight)
+    save_network(model)
+    logits = predict.load_model("my_checkpoint_best.pth.tar")(read_image(found[0], (32, 48))[None])
+    torch.nn.init.constant_(model.head.bias, -np.median(logits))
+    save_network(model)
+    return found[:8]
+
+
+def save_network(model: UNet) -> None:
+    state = {"model": model.config}
+    state |= {"state_dict": model.state_dict(), "preprocessing": PREPROCESSING}
+    utils.save_checkpoint(state, Path("my_checkpoint_best.pth.tar"))
 
 
 def rows() -> list[dict[str, str]]:

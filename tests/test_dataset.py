@@ -236,6 +236,34 @@ def test_carvanas_name_wins(tmp_path):
     assert find_pairs(tmp_path / "images", tmp_path / "masks")[0][1].name == "a_mask.gif"
 
 
+@pytest.mark.parametrize(
+    ("suffix", "hint"),
+    [("_seg", "--mask-suffix _seg"), ("-label", "--mask-suffix=-label"), (" copy", "--mask-suffix ' copy'")],
+)
+def test_masks_of_another_suffix_are_named(suffix, hint, tmp_path):
+    for stem in ("1", "10", "11", "12"):  # 10_seg begins with 1, too
+        save_pair(tmp_path, f"{stem}.jpg", f"{stem}{suffix}.png")
+    with pytest.raises(UserError) as raised:
+        find_pairs(tmp_path / "images", tmp_path / "masks")
+    assert f"1.jpg has no mask: found 1{suffix}.png: is it {hint}? If not" in str(raised.value)
+    assert [mask.name for _, mask in find_pairs(tmp_path / "images", tmp_path / "masks", suffix)] == [
+        f"{stem}{suffix}.png" for stem in ("1", "10", "11", "12")
+    ]
+
+
+def test_masks_with_names_of_their_own_are_named(tmp_path):
+    save_pair(tmp_path, "a_sat.jpg", "a_mask.png")
+    with pytest.raises(UserError, match=r"a_sat\.jpg has no mask: give masks their images' names \(a_mask\.png is"):
+        find_pairs(tmp_path / "images", tmp_path / "masks")
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".jpe", ".mpo", ".avif", ".jp2", ".ppm", ".tga", ".JPG"])
+def test_photos_with_rare_endings_are_found(ending, tmp_path):
+    save_pair(tmp_path, "a.jpg", "a_mask.png")
+    (tmp_path / "images" / "a.jpg").rename(tmp_path / "images" / f"a{ending}")
+    assert find_pairs(tmp_path / "images", tmp_path / "masks")[0][0].suffix == ending
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The cache
 

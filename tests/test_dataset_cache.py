@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import train
-from dataset import CarvanaDataset
+from dataset import CarvanaDataset, written_whole
 
 ROOT = Path(train.__file__).parent
 
@@ -48,3 +49,13 @@ def test_of_processes_that_start_together_one_builds(drawn, tmp_path):
     assert [process.returncode for process in processes] == [0, 0, 0]
     decoded = sorted(int(output.split()[-1]) for output in outputs)
     assert decoded == [0, 0, 64]
+
+
+def test_files_are_written_beside_one_another(tmp_path):
+    """Two runs may write model_1.pt and model_2.pt at once; a name may be as long as the disk allows."""
+    names = ["model_1.pt", "model_2.pt", "a.pt", f"{'n' * 251}.pt"]
+    with ExitStack() as files:
+        written = [files.enter_context(written_whole(tmp_path / name)) for name in names]
+        for path, name in zip(written, names, strict=True):
+            path.write_text(name)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: name for name in names}

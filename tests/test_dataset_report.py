@@ -103,3 +103,28 @@ def test_the_first_batch_is_drawn_with_its_masks_outlined(project, run_train):
         for column in range(4):
             tile = yellow[2 + 34 * row : 34 + 34 * row, 2 + 50 * column : 50 + 50 * column]
             assert 15 < tile.sum() < 300
+
+
+def test_photos_turned_by_exif_whose_masks_are_not_are_counted(project):
+    """Orientation 3 keeps the size: masks that were drawn on the photo as it is stored would be learned from."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = sorted(Path("data/train_images").iterdir())[:5]
+    for path in turned:
+        Image.open(path).rotate(180).save(path, exif=exif, quality=95)
+    for cache in (None, Path("cache"), Path("cache")):
+        assert report(cache)[3:] == ["photos turned by EXIF in data/train_images: 5; their masks are taken as upright"]
+    mask = Path(f"data/train_masks/{turned[0].stem}_mask")
+    Image.open(f"{mask}.gif").convert("L").rotate(180).save(f"{mask}.png", exif=exif)  # one that says so itself
+    mask.with_suffix(".gif").unlink()
+    assert "data/train_images: 4;" in report()[3]
+
+
+def test_files_that_are_passed_over_are_counted(project):
+    for name in ("Thumbs.db", "x.dng", ".hidden"):
+        Path("data/train_images", name).write_text("?")
+    Path("data/val_masks/below").mkdir()
+    assert report()[3:] == [
+        "passed over in data/train_images, no photos by their endings: 2, such as Thumbs.db",
+        "passed over in data/val_masks, no photos by their endings: 1, such as below",
+    ]

@@ -3,15 +3,19 @@
 import csv
 import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import PREPROCESSING, save_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -25,31 +29,6 @@ import utils
 from decoding import read_mask
 from device import Device
 from model import UNet
-
-PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-
-@pytest.fixture
-def photos(project) -> list[Path]:
-    """Eight photos in data/val_images, and a random network that takes half of the first one for foreground."""
-    found = sorted(Path("data/val_images").iterdir())
-    for photo in found[8:]:
-        photo.unlink()
-        Path("data/val_masks", f"{photo.stem}_mask.gif").unlink()
-    torch.manual_seed(0)
-    model = UNet(3, 1, (8, 16))
-    torch.nn.init.normal_(model.head.weight)
-    save_network(model)
-    logits = predict.load_model("my_checkpoint_best.pth.tar")(decoding.read_image(found[0], (32, 48))[None])
-    torch.nn.init.constant_(model.head.bias, -np.median(logits))
-    save_network(model)
-    return found[:8]
-
-
-def save_network(model: UNet) -> None:
-    state = {"model": model.config}
-    state |= {"state_dict": model.state_dict(), "preprocessing": PREPROCESSING}
-    utils.save_checkpoint(state, Path("my_checkpoint_best.pth.tar"))
 
 
 def names(folder: str = "predictions") -> set[str]:
@@ -527,3 +506,130 @@ def test_there_is_no_traceback_and_the_exit_status_is_1(photos):
     done = subprocess.run([sys.executable, predict.__file__, "data/val_images"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: 1 of 8 photos")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transparency, thin things, names
+
+
+def prediction(photo: np.ndarray, probabilities: np.ndarray, **flags: object) -> predict.Prediction:
+    path = Path("photo.png")
+    Image.fromarray(photo).save(path)
+    args = SimpleNamespace(threshold=0.5, **flags)
+    return predict.Prediction(path, decoding.read_image(path), probabilities.astype(np.float32), args)
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_thin_things_keep_their_colour_in_a_cutout(width, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = np.full((60, 40, 3), (40, 70, 60), np.uint8)
+    photo[10:50, 20 : 20 + width] = 225, 160, 80
+    cut = prediction(photo, photo[..., 0] > 200, background=(255, 255, 255))
+    inside = np.asarray(cut.alpha) > 127
+    assert inside[10:50, 20 : 20 + width].all()
+    colours = np.asarray(cut.cutout())[..., :3][inside]
+    assert (abs(colours.astype(int) - (225, 160, 80)) <= 1).all()
+    assert np.asarray(cut.on_background())[30, 20 + width // 2].min() >= 80
+
+
+def test_the_tip_of_a_larger_thing_keeps_its_colour(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = np.full((80, 120, 3), (40, 70, 60), np.uint8)
+    mask = cv2.fillPoly(np.zeros((80, 120), np.uint8), [np.array([(5, 40), (60, 10), (60, 70)])], 1)
+    photo[mask > 0] = 225, 160, 80
+    cut = prediction(photo, mask, background=None)
+    colours = np.asarray(cut.cutout())[..., :3][np.asarray(cut.alpha) > 200]
+    assert colours.max(1).min() > 150  # nothing black
+
+
+def test_a_cutout_is_no_more_opaque_than_its_photo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = np.full((40, 60, 4), 200, np.uint8)
+    photo[..., 3] = np.linspace(0, 255, 60)
+    cut = np.asarray(prediction(photo, np.ones((40, 60))).cutout())
+    np.testing.assert_array_equal(cut[..., 3], photo[..., 3])
+
+
+def test_colours_under_transparency_change_nothing(photos):
+    opacity = np.zeros((64, 96), np.uint8)
+    opacity[10:50, 20:70] = 255
+    for name, hidden in (("dark", 0), ("white", 255), ("noise", None)):
+        photo = decoding.read_image(photos[0])
+        noise = np.random.default_rng(0).integers(0, 256, photo.shape)
+        photo[opacity == 0] = (noise if hidden is None else np.full_like(photo, hidden))[opacity == 0]
+        Image.fromarray(np.dstack((photo, opacity))).save(f"{name}.png")
+    run("dark.png", "white.png", "noise.png", "--cutout")
+    for name in ("dark", "noise"):
+        np.testing.assert_array_equal(pixels(f"{name}_mask.png"), pixels("white_mask.png"))
+    assert not pixels("noise_cutout.png")[..., 3][opacity == 0].any()
+
+
+def test_photos_whose_names_are_too_long_are_named_and_the_others_are_done(photos):
+    Path("many").mkdir()
+    for length in (246, 247, 251):
+        shutil.copy(photos[0], f"many/{'n' * length}.jpg")
+    shutil.copy(photos[1], "many/short.jpg")
+    assert "2 of 4 photos" in error_of("many")
+    assert names() == {"short_mask.png", f"{'n' * 246}_mask.png"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are text")
+def test_any_name_is_predicted_and_in_the_tables(photos):
+    Path("many").mkdir()
+    Path("true").mkdir()
+    odd = ["caf\udce9.jpg", "new\nline.jpg", 'a,"b".jpg', "名前.jpg", " spaces .jpg", "100% #1?.jpg", "-dash.jpg"]
+    for name in odd:
+        shutil.copy(photos[0], Path("many", name))
+        shutil.copy(f"data/val_masks/{photos[0].stem}_mask.gif", Path("true", f"{Path(name).stem}_mask.gif"))
+    run("many", "--mask-dir", "true", "--submission", "s.csv", "--mask")
+    assert names() == {f"{Path(name).stem}_mask.png" for name in odd} | {"scores.csv"}
+    with Path("s.csv").open(newline="", encoding="utf-8") as file:
+        found = {name for name, _ in csv.reader(file)} - {"img"}
+    assert found == {name.replace("\udce9", "\\udce9") for name in odd}
+    with Path("predictions/scores.csv").open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(odd)
+
+
+def test_masks_of_another_suffix_are_named(photos):
+    for mask in Path("data/val_masks").iterdir():
+        mask.rename(mask.with_name(mask.name.replace("_mask", "_seg")))
+    message = error_of("data/val_images", "--mask-dir", "data/val_masks")
+    assert "no photo has a mask in data/val_masks: found" in message and "is it --mask-suffix _seg?" in message
+
+
+def test_a_submissions_damaged_line_is_predicted_again(photos):
+    photos[1].write_bytes(b"broken")
+    error_of("data/val_images", "--submission", "s.csv")
+    (part,) = Path().glob("*.part")
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join([bytes(40) + b"\n", *lines[1:]]))
+    photos[1].unlink()
+    run("data/val_images", "--submission", "s.csv")
+    with Path("s.csv").open() as file:
+        assert len(list(csv.reader(file))) == 8
+
+
+def test_one_mask_is_not_that_of_two_photos(photos):
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        shutil.copy(photos[0], folder)
+    message = error_of("a", "b", "--mask-dir", "data/val_masks")
+    assert f"is the mask of both a/{photos[0].name} and b/{photos[0].name}" in message
+    assert not Path("predictions/scores.csv").exists()
+    run("a", "b")  # without masks two photos of one name are no trouble
+
+
+def test_masks_of_another_suffix_are_found(photos):
+    for mask in Path("data/val_masks").iterdir():
+        mask.rename(mask.with_name(mask.name.replace("_mask", "_seg")))
+    run("data/val_images", "--mask-dir", "data/val_masks", "--mask-suffix", "_seg")
+    assert Path("predictions/scores.csv").exists()
+
+
+def test_what_is_passed_over_is_counted_and_heic_is_named(photos, capsys):
+    for name in ("notes.txt", "raw.dng", "x.heic", ".hidden"):
+        Path("data/val_images", name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    assert "1 of 9 photos" in error_of("data/val_images")
+    printed = capsys.readouterr()
+    assert "passed over in data/val_images, no photos by their endings: 2, such as notes.txt" in printed.out
+    assert "x.heic is no readable image" in printed.err and "pip install pillow-heif" in printed.err

@@ -202,3 +202,34 @@ def test_one_car_cannot_be_split(download, drawn):
             shutil.copy(path, "one")
     with pytest.raises(UserError, match=car):
         split("one")
+
+
+def test_masks_of_another_suffix_get_train_pys(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(drawn / "train_images", "photos")
+    Path("photos/notes.txt").write_text("mine")
+    Path("masks").mkdir()
+    for mask in (drawn / "train_masks").iterdir():
+        shutil.copy(mask, Path("masks", mask.name.replace("_mask", "-label")))
+    split("photos", "masks", "--mask-suffix=-label", "--move")
+    check()
+    assert "passed over in the sources, no photos by their endings: 1, such as notes.txt" in capsys.readouterr().out
+    assert not list(Path("masks").iterdir()) and [path.name for path in Path("photos").iterdir()] == ["notes.txt"]
+
+
+def test_photos_that_end_in_mask_are_photos_where_masks_end_otherwise(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind in ("photos", "masks"):
+        Path(kind).mkdir()
+    pairs = find_pairs(drawn / "train_images", drawn / "train_masks")[:4]
+    for (photo, mask), name in zip(pairs, ("x", "x_mask", "y", "z"), strict=True):
+        shutil.copy(photo, f"photos/{name}.jpg")
+        shutil.copy(mask, f"masks/{name}_seg.gif")
+    split("photos", "masks", "--mask-suffix", "_seg")
+    found = {path.name for path in Path("data").rglob("*_masks/*")}
+    assert found == {"x_mask.gif", "x_mask_mask.gif", "y_mask.gif", "z_mask.gif"}
+
+
+def test_an_empty_suffix_tells_no_masks_from_photos(download):
+    with pytest.raises(UserError, match="--mask-suffix is empty"):
+        split(download, "--mask-suffix", "")

@@ -1,0 +1,383 @@
+"""Annotation tools' files -> photos with the shapes on them, and masks -> LabelMe's files.
+
+A new format is a function from a file to Annotations, and two lines in read_file.
+"""
+
+import base64
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from decoding import UserError, opened
+from pairing import MASK_SUFFIX
+from polygons import box_ring, ellipse_ring, outlines, polygon_mask, ring_of, turned
+from submission import rle_decode
+from utils import saving
+
+STUMBLES = (  # of parsers, where a file does not hold what it should
+    ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, csv.Error,
+    ElementTree.ParseError, Image.DecompressionBombError, cv2.error,
+)  # fmt: skip
+
+
+@dataclass
+class Shape:
+    """An object on a photo: `draw` makes its mask, bool (H, W), or is None where there is no area, as in a point."""
+
+    label: str
+    draw: Callable[[tuple[int, int]], np.ndarray] | None
+    place: str = "a shape"  # in the file, for messages
+
+
+@dataclass
+class Annotation:
+    """What a file says of a photo."""
+
+    file: Path
+    photo: str  # its name or path as the file gives it, or its stem
+    size: tuple[int, int] | None  # (height, width) of the photo as the tool took it, where the file says so
+    shapes: list[Shape] = field(default_factory=list)
+    embedded: Callable[[], bytes] | None = None  # the photo, where the file holds it
+    is_prediction: bool = False  # of predict.py, which nobody has saved since
+
+    def add(self, label: object, draw: Callable | None, place: str) -> None:
+        self.shapes.append(Shape(" ".join(str(label).split()), draw, place))
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Turns what a parser stumbles over into a UserError that begins with `what`."""
+    try:
+        yield
+    except STUMBLES as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(f"{what} cannot be read ({reason}): export it again, or remove it") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What shapes draw, bool (H, W)
+
+
+def relative_polygon_mask(ring: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Of a ring whose coordinates are shares of the photo's width and height."""
+    return polygon_mask([ring * size[::-1]], size)
+
+
+def placed(part: Callable[[], np.ndarray], left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """A small mask at its place, cut at the photo's border."""
+    mask, pixels = np.zeros(size, bool), part()[max(0, -top) :, max(0, -left) :]
+    place = mask[max(0, top) :, max(0, left) :]
+    height, width = np.minimum(place.shape, pixels.shape)
+    place[:height, :width] = pixels[:height, :width]
+    return mask
+
+
+def counts_mask(counts: list[int], size: tuple[int, int], order: str = "C") -> np.ndarray:
+    """Of run lengths, alternately background and object, along the rows (order "C") or down the columns ("F")."""
+    counts, pixels = np.array(counts, np.int64), size[0] * size[1]
+    if counts.sum() != pixels or (counts < 0).any() or pixels > 1e9:
+        raise ValueError(f"its run lengths do not fill {size[1]} x {size[0]} pixels")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size, order=order)
+
+
+def runs_mask(runs: str, is_by_rows: bool, size: tuple[int, int]) -> np.ndarray:
+    """Of Kaggle's "start length start length ...", from 1, along the rows or down the columns."""
+    numbers = np.array(runs.split(), np.int64)
+    if len(numbers) % 2:
+        raise ValueError("its runs are not pairs of start and length")
+    numbers = numbers.reshape(-1, 2)
+    if (numbers < 1).any() or numbers.sum(1).max(initial=0) > size[0] * size[1] + 1:
+        raise ValueError(f"its runs do not fit {size[1]} x {size[0]} pixels")
+    return (rle_decode(runs, size) if is_by_rows else rle_decode(runs, size[::-1]).T) == 1
+
+
+def coco_mask(counts: list[int] | str, own_size: list[int], size: tuple[int, int]) -> np.ndarray:
+    """Of COCO's run lengths, as a list or as its text. Raises ValueError where they are of another size."""
+    if tuple(own_size) != size:
+        raise ValueError(f"its mask is {own_size[1]} x {own_size[0]}, but its photo {size[1]} x {size[0]}")
+    return counts_mask(coco_counts(counts) if isinstance(counts, str) else counts, size, "F")
+
+
+def coco_counts(text: str) -> list[int]:
+    """Run lengths from COCO's text: 5 bits a character, the lowest first, and bit 5 where another one follows.
+
+    From the fourth number on they are differences to the last but one.
+    https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c, rleFrString
+    """
+    counts, number, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:  # the sign
+                number -= 1 << shift
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number, shift = 0, 0
+    return counts
+
+
+def png_mask(png: str) -> np.ndarray:
+    """A mask that LabelMe keeps in base64."""
+    content = np.frombuffer(base64.b64decode(png), np.uint8)
+    mask = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE) if len(content) else None
+    if mask is None:
+        raise ValueError("its mask is no PNG")
+    return mask > 0
+
+
+def label_mask(file: Path, value: int, size: tuple[int, int]) -> np.ndarray:
+    with opened(file) as image:
+        return np.asarray(image) == value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files -> annotations
+
+
+def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
+    """What a file that is no image says of photos, or None where it is no annotation. Raises UserError.
+
+    `has_photo` says whether there is a photo of the file's stem: then an empty file is YOLO's, without an object.
+    """
+    with reading(file):
+        with file.open("rb") as content:
+            head = content.read(4096).removeprefix(b"\xef\xbb\xbf").strip()
+        line = head.partition(b"\n")[0].decode("utf-8", "replace").strip().lower()
+        if re.match(rb'\{\s*"', head) or file.suffix.lower() == ".json":
+            content = json.loads(file.read_text("utf-8-sig"))
+            if isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys():
+                return [labelme(file, content)]
+            if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
+                return coco(file, content)
+        elif head.startswith((b"<?xml", b"<annotations")) or file.suffix.lower() == ".xml":
+            root = ElementTree.parse(file).getroot()
+            if root.tag == "annotations":
+                return cvat(file, root)
+        elif re.search(r"^[^,]+,.*(rle|encod|segmentation)", line):
+            return run_length_table(file)
+        elif re.match(r"\d+(\s+-?[\d.]+(e-?\d+)?){4}(\s|$)", line) or (not head and has_photo):
+            return [yolo(file)]
+    return None
+
+
+def labelme(file: Path, content: dict) -> Annotation:
+    """X-AnyLabeling's files are alike. https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py"""
+    height, width = content.get("imageHeight"), content.get("imageWidth")
+    annotation = Annotation(file, content["imagePath"], (height, width) if height and width else None)
+    annotation.is_prediction = is_untouched(content)
+    if content.get("imageData"):
+        annotation.embedded = lambda: base64.b64decode(json.loads(file.read_text("utf-8-sig"))["imageData"])
+    for number, shape in enumerate(content["shapes"], 1):
+        place = f"shape {number} ({shape.get('label')})"
+        with reading(f"{file}: {place}"):
+            kind, ring, draw = shape.get("shape_type") or "polygon", ring_of(shape["points"]), None
+            if kind == "mask":
+                draw = partial(placed, partial(png_mask, shape["mask"]), *ring[0].astype(int).tolist())
+            elif kind == "circle":
+                radius = np.hypot(*(ring[1] - ring[0]))
+                draw = partial(polygon_mask, [ellipse_ring(*ring[0], radius, radius)])
+            elif kind == "rectangle" and len(ring) == 2:
+                draw = partial(polygon_mask, [box_ring(ring)])
+            elif kind in ("polygon", "rectangle", "oriented_rectangle", "rotation", "quadrilateral") and len(ring) > 2:
+                draw = partial(polygon_mask, [ring])
+            annotation.add(shape["label"], draw, place)
+    return annotation
+
+
+def coco(file: Path, content: dict) -> list[Annotation]:
+    """https://cocodataset.org/#format-data"""
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    photos = {
+        image["id"]: Annotation(file, image["file_name"], (image["height"], image["width"]))
+        for image in content["images"]
+    }
+    for entry in content["annotations"]:
+        place = f"annotation {entry.get('id')}"
+        with reading(f"{file}: {place}"):
+            for key, known, name in (("category_id", names, "category"), ("image_id", photos, "image")):
+                if entry[key] not in known:
+                    raise ValueError(f"there is no {name} {entry[key]}")
+            outline, draw = entry.get("segmentation"), None
+            if isinstance(outline, dict):
+                draw = partial(coco_mask, outline["counts"], outline["size"])
+            elif rings := [ring for ring in map(ring_of, outline or ()) if len(ring) > 2]:
+                draw = partial(polygon_mask, rings)
+            photos[entry["image_id"]].add(names[entry["category_id"]], draw, place)
+    return list(photos.values())
+
+
+def cvat(file: Path, root: ElementTree.Element) -> list[Annotation]:
+    """https://docs.cvat.ai/docs/dataset_management/formats/format-cvat/, "CVAT for images 1.1"."""
+    if root.find("track") is not None:
+        raise UserError(f"{file} is of a video: export it from CVAT as 'CVAT for images 1.1'")
+    annotations = []
+    for image in root.iter("image"):
+        with reading(f"{file}: image {image.get('name')}"):
+            size = int(image.attrib["height"]), int(image.attrib["width"])
+            annotations.append(Annotation(file, image.attrib["name"], size))
+        for number, shape in enumerate((shape for shape in image if shape.tag != "tag"), 1):
+            place = f"image {image.get('name')}, shape {number} ({shape.get('label')})"
+            with reading(f"{file}: {place}"):
+                annotations[-1].add(shape.attrib["label"], cvat_shape(shape.tag, shape.attrib), place)
+    return annotations
+
+
+def cvat_shape(kind: str, shape: dict[str, str]) -> Callable | None:
+    def numbers(*names: str) -> list[float]:
+        return [float(shape[name]) for name in names]
+
+    rotation = float(shape.get("rotation", 0))
+    if kind == "mask":
+        left, top, width, height = map(int, numbers("left", "top", "width", "height"))
+        counts = [int(count) for count in shape["rle"].split(",")]
+        return partial(placed, partial(counts_mask, counts, (height, width)), left, top)
+    if kind == "box":
+        ring = box_ring(numbers("xtl", "ytl", "xbr", "ybr"))
+    elif kind == "ellipse":
+        ring = ellipse_ring(*numbers("cx", "cy", "rx", "ry"))
+    elif kind == "polygon":
+        ring = ring_of(point.split(",") for point in shape["points"].split(";"))
+    else:
+        return None
+    return partial(polygon_mask, [turned(ring, rotation)]) if len(ring) > 2 else None
+
+
+def yolo(file: Path) -> Annotation:
+    """https://docs.ultralytics.com/datasets/segment/: a row for each object, its class and the ring's corners.
+
+    A row of five numbers is a box, which is no outline.
+    """
+    annotation = Annotation(file, file.with_suffix("").as_posix(), None)
+    names = class_names(file.parent.absolute())
+    for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        place = f"row {number}"
+        with reading(f"{file}: {place}"):
+            label, *coordinates = line.split()
+            if len(coordinates) % 2 or len(coordinates) < 4:
+                raise ValueError(f"{len(coordinates)} coordinates")
+            if names and int(label) not in names:
+                raise ValueError(f"there is no class {label} in the .yaml file")
+            ring = ring_of([coordinates])
+            if ring.max() > 1.5 or ring.min() < -0.5:
+                raise ValueError("coordinates must be shares of the photo's width and height")
+            draw = partial(relative_polygon_mask, ring) if len(ring) > 2 else None
+            annotation.add(names.get(int(label), label), draw, place)
+    return annotation
+
+
+@cache
+def class_names(folder: Path) -> dict[int, str]:
+    """Of the .yaml file with `names:`, a list or number: name, in this folder, or in one of the two above."""
+    for above in (folder, *folder.parents[:2]):
+        for file in sorted((*above.glob("*.yaml"), *above.glob("*.yml"))):
+            text = re.sub(r"\s#.*", "", file.read_text("utf-8-sig", "replace"))
+            listed = re.search(r"^names:\s*(\[[^]]*|\{[^}]*|([\s\S]+?)(?=^\w|\Z))", text, re.MULTILINE)
+            entries = re.split(r"[\n,]", listed[1].strip("[{")) if listed else []
+            found = [re.fullmatch(r"(?:-|(\d+)\s*:)?\s*(.*)", entry.strip()) for entry in entries if entry.strip()]
+            if found:
+                return {int(entry[1] or index): entry[2].strip("'\"") for index, entry in enumerate(found)}
+    return {}
+
+
+def run_length_table(file: Path) -> list[Annotation]:
+    """Kaggle's tables: a row for each object, with the photo's name, run lengths, and perhaps a class.
+
+    Runs are along the rows in those with a column `img` (Carvana's) or `segmentation`, down the columns in the others.
+    """
+    csv.field_size_limit(2**31 - 1)
+    photos: dict[str, Annotation] = {}
+    with file.open(encoding="utf-8-sig", newline="") as rows:
+        table = csv.DictReader(rows)
+        columns = {name.lower(): name for name in table.fieldnames}
+        runs = next(columns[name] for name in columns if re.search("rle|encod|segmentation", name))
+        label = next((columns[name] for name in columns if re.search("class|label", name)), None)
+        is_by_rows = bool({"img", "segmentation"} & columns.keys())
+        for row in table:
+            place = f"line {table.line_num}"
+            with reading(f"{file}: {place}"):
+                photo = photos.setdefault(row[table.fieldnames[0]], Annotation(file, row[table.fieldnames[0]], None))
+                if row[runs] is None:
+                    raise ValueError("it ends too early")
+                if row[runs].strip() not in ("", "-1", "nan"):
+                    draw = partial(runs_mask, row[runs], is_by_rows)
+                    photo.add(row[label] if label else "object", draw, place)
+    return list(photos.values())
+
+
+def label_image(file: Path) -> Annotation | None:
+    """An image whose pixels are labels, by index or palette: lossless, one channel, and at most 64 values."""
+    with opened(file) as image:
+        if image.mode not in ("1", "L", "P", "I", "I;16") or image.format not in ("PNG", "TIFF", "BMP", "GIF"):
+            return None
+        values, size = np.unique(np.asarray(image)).tolist(), image.size[::-1]
+    if len(values) > 64:
+        return None
+    annotation = Annotation(file, file.with_name(file.stem.removesuffix(MASK_SUFFIX)).as_posix(), size)
+    for value in values:
+        if value:
+            annotation.add(int(value), partial(label_mask, file, value), f"label {int(value)}")
+    return annotation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks -> LabelMe's files
+
+
+def write_labelme(path: Path, mask: np.ndarray, photo: Path, label: str, min_area: int) -> bool:
+    """Writes a mask, uint8 (H, W), in which 0 is background, as polygons that LabelMe opens.
+
+    A file that predict.py did not write, or that a person has saved since, stays. Returns whether it was written.
+    https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py
+    """
+    if path.exists():
+        content = None
+        with suppress(ValueError, RecursionError):
+            content = json.loads(path.read_text("utf-8-sig"))
+        if not is_untouched(content):
+            return False
+    try:
+        image_path = Path(os.path.relpath(photo, path.parent))
+    except ValueError:  # on Windows, where it is on another disk
+        image_path = photo.absolute()
+    content = {
+        "version": "5.5.0",
+        "flags": {},
+        "shapes": [
+            {"label": label, "points": ring.tolist(), "group_id": None, "shape_type": "polygon", "flags": {}}
+            for ring in outlines(mask, min_area)
+        ],
+        "imagePath": image_path.as_posix(),
+        "imageData": None,
+        "imageHeight": mask.shape[0],
+        "imageWidth": mask.shape[1],
+    }
+    with saving(path) as temporary:
+        text = json.dumps(content | {"predicted": digest(content)}, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8")
+    return True
+
+
+def digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def is_untouched(content: object) -> bool:
+    """Whether predict.py wrote it, and nobody has saved it since: LabelMe keeps `predicted`, and adds to the rest."""
+    if not isinstance(content, dict):
+        return False
+    return content.get("predicted") == digest({name: content[name] for name in content if name != "predicted"})

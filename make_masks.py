@@ -1,0 +1,340 @@
+"""Makes masks of what annotation tools export: LabelMe, COCO, CVAT for images, YOLO, label images, run-length tables.
+
+    python make_masks.py photos --label car                     # LabelMe's files beside the photos -> masks_of_car/
+    python make_masks.py instances.json photos --label car --label van  # COCO's file, and the folder of its photos
+    python make_masks.py VOC/SegmentationClass VOC/JPEGImages --label 7 --ignore-label 255
+    python make_masks.py photos predictions --corrected         # what was outlined by hand or corrected in LabelMe
+
+Then `python split_data.py masks_of_car/images masks_of_car/masks` sorts them into data/. The output appears as a whole,
+or not at all. docs/annotation.md says more.
+"""
+
+import argparse
+import io
+import json
+import re
+import shlex
+import shutil
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from annotations import Annotation, label_image, read_file, reading
+from dataset import NUM_THREADS, link_or_copy
+from decoding import VOID, Note, UserError, holds_void, opened, orientation_of, upright, upright_size
+from distributed import run
+from pairing import MASK_SUFFIX, SUFFIXES, free_name, is_image, key_of, nfc, stem_of
+from settings import Parser
+
+MANIFEST = "make_masks.json"  # in the output folder: what was written, so that nothing else is ever replaced
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files in
+
+
+class Photos:
+    """The photos below the sources, by name and by stem."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths: dict[str, list[Path]] = {}
+        self.count = sum(not path.stem.endswith(MASK_SUFFIX) for path in paths)
+        for path in paths:
+            for name in {path.name, path.stem}:
+                self.paths.setdefault(key_of(name), []).append(path)
+
+    def find(self, name: str, file: Path) -> Path | None:
+        """The photo that a file names: where it says, seen from the file, else of that name among the sources.
+
+        Paths of other machines end alike: of several photos it is the one that shares the most folders' names with the
+        path, and then with the file's own. Raises UserError where there are two.
+        """
+        path = PureWindowsPath(name)  # takes / and \\ alike
+        if not path.anchor and is_image(path) and (file.parent / path.as_posix()).is_file():
+            return file.parent / path.as_posix()
+        ranks = {found: self.rank(found, path, file) for found in self.paths.get(key_of(path.name), ())}
+        highest = max(ranks.values(), default=None)
+        best = [found for found, rank in ranks.items() if rank == highest]
+        if any(not best[0].samefile(other) for other in best[1:]):
+            raise UserError(f"{file}: {path.name} is there twice, as {best[0]} and {best[1]}: give only one of them")
+        return best[0] if best else None
+
+    @staticmethod
+    def rank(found: Path, wanted: PureWindowsPath, file: Path) -> tuple[bool, int, int]:
+        ends = zip(reversed(found.absolute().parts[:-1]), reversed(wanted.parts[:-1]), strict=False)
+        starts = zip(found.absolute().parts, file.absolute().parts, strict=False)
+        is_exact = nfc(wanted.name) in (nfc(found.name), nfc(found.stem))
+        return is_exact, count_same(ends), count_same(starts)
+
+
+def count_same(pairs: Iterable[tuple[str, str]]) -> int:
+    """How many pairs are equal before the first that is not."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files that are given, with those in the folders, and the images among them and beside them, each once.
+
+    Hidden files and what make_masks.py wrote are left out.
+    """
+    files, images = [], []
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"{source} does not exist: correct the path")
+        folder = source if source.is_dir() else source.parent
+        below = sorted(source.rglob("*") if source.is_dir() else folder.iterdir())
+        ours = {path.parent for path in below if path.name == MANIFEST}
+        for path in below:
+            is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if is_hidden or not path.is_file() or ours.intersection(path.parents):
+                continue
+            if is_image(path):
+                images.append(path)
+            if source.is_dir() or path == source:
+                files.append(path)
+    return [list({path.resolve(): path for path in paths}.values()) for paths in (files, images)]
+
+
+def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
+    """What all files say, and the photos. Label images count as such only where nothing else is annotated."""
+    files, images = list_files(sources)
+    others = [file for file in files if not is_image(file)]
+    progress = partial(tqdm, desc="reading", unit="file", disable=None)
+    photos = Photos(images)
+    read = {file: read_file(file, key_of(file.stem) in photos.paths) for file in progress(others)}
+    annotations = [annotation for found in read.values() for annotation in found or ()]
+    if not annotations:
+        found = {image: label_image(image) for image in progress([file for file in files if file not in others])}
+        annotations = [annotation for annotation in found.values() if annotation]
+        photos = Photos([image for image in images if not found.get(image)])
+    if not annotations:
+        kinds = "LabelMe, COCO, CVAT for images or YOLO, label images or run-length tables"
+        raise UserError(f"{sources[0]} holds no annotations: give files of {kinds}")
+    if passed_over := [file for file in others if not read[file] and file.suffix.lower() not in (".yaml", ".yml")]:
+        print(f"Passed over, because they are no annotations: {len(passed_over)} files, such as {passed_over[0]}")
+    return annotations, photos
+
+
+def match(annotations: list[Annotation], photos: Photos) -> list[Path | None]:
+    """The photo of each, None where its file holds it. Raises UserError for one that is missing, or annotated twice."""
+    found, known = [], {}
+    for annotation in annotations:
+        with reading(annotation.file):
+            photo = photos.find(annotation.photo, annotation.file)
+        if not photo and not annotation.embedded:
+            name = PureWindowsPath(annotation.photo).name
+            raise UserError(f"{annotation.file}: its photo {name} is not there: give the folder that holds it, too")
+        key = photo.resolve() if photo else annotation.file
+        if key in known:
+            advice = "give only one of them"
+            if annotation.is_prediction or known[key].is_prediction:
+                advice += ", or add --corrected to leave out predictions"
+            raise UserError(f"{photo} is annotated in {known[key].file} and in {annotation.file}: {advice}")
+        known[key] = annotation
+        found.append(photo)
+    return found
+
+
+def choose_labels(annotations: list[Annotation], wanted: list[str], ignored: list[str]) -> list[str]:
+    """The labels that are the object: the wanted ones, or the only one there is. Raises UserError."""
+    counts = Counter(shape.label for annotation in annotations for shape in annotation.shapes if shape.draw)
+    listed = ", ".join(f"{label} ({count})" for label, count in counts.most_common(20))
+    listed += f" and {len(counts) - 20} more" if len(counts) > 20 else ""
+    if not counts:
+        raise UserError(f"{annotations[0].file} and the others hold no shapes with an area: outline the objects")
+    if unknown := [label for label in (*wanted, *ignored) if label not in counts]:
+        raise UserError(f"no shape is labelled {unknown[0]}: choose from {listed}")
+    labels = wanted or [label for label in counts if label not in ignored]
+    if len(labels) != 1 and not wanted:
+        raise UserError(f"there are the labels {listed}: choose with --label, which may be given more than once")
+    return labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks out
+
+
+@dataclass
+class Row:
+    """What was written of an annotation."""
+
+    areas: Counter  # pixels of each label
+    size: int  # pixels of the photo
+    has_object: bool
+    is_turned: bool  # the tool took the photo as it lies in the file, without EXIF's orientation
+    note: Note  # of the mask
+
+
+def draw(
+    annotation: Annotation, photo: Path, labels: list[str], ignored: list[str]
+) -> tuple[np.ndarray, Counter, bool]:
+    """The mask of a photo, uint8 (H, W), as upright as train.py reads the photo; and a Row's `areas` and `is_turned`.
+
+    It is 255 on the labels, or 1 where there are ignored ones, which are VOID. Raises UserError.
+    """
+    with opened(photo) as image:
+        upright_as = lies_as = upright_size(image)
+        if orientation_of(image) >= 5 and image.format != "TIFF":  # which Pillow turns itself
+            lies_as = upright_as[::-1]
+    size = annotation.size or upright_as
+    if size not in (upright_as, lies_as):
+        written, own = (f"{width} x {height}" for height, width in (size, upright_as))
+        raise UserError(f"{annotation.file} is of a photo of {written} pixels, but {photo} has {own}: give that photo")
+    mask, areas = np.zeros(size, np.uint8), Counter()
+    for shape in sorted(annotation.shapes, key=lambda shape: shape.label in ignored):  # void lies on top
+        if shape.draw:
+            with reading(f"{annotation.file}: {shape.place}"):
+                pixels = shape.draw(size)
+            areas[shape.label] += np.count_nonzero(pixels)
+            if shape.label in ignored:
+                mask[pixels] = VOID
+            elif shape.label in labels:
+                mask[pixels] = 1 if ignored else 255
+    if is_turned := size != upright_as:
+        with opened(photo) as image:
+            mask = np.asarray(upright(mask, image))
+    return mask, areas, is_turned
+
+
+def write_pair(annotation: Annotation, photo: Path | None, name: str, folder: Path, args: argparse.Namespace) -> Row:
+    """Writes images/<name> and masks/<name>_mask.png into the folder, unless there is no object and --skip-empty."""
+    photo = photo or extract(annotation, folder / "embedded" / name)
+    mask, areas, is_turned = draw(annotation, photo, args.label, args.ignore_label)
+    values, counts = np.unique(mask, return_counts=True)
+    note = Note(None, "uint8", [[float(v), c / mask.size] for v, c in zip(values, counts, strict=True)], 255)
+    has_object = (1 if args.ignore_label else 255) in values
+    if has_object or not args.skip_empty:
+        link_or_copy(photo.resolve(), folder / "images" / f"{name}{photo.suffix.lower()}")
+        Image.fromarray(mask).save(folder / "masks" / f"{name}{MASK_SUFFIX}.png")
+    return Row(areas, mask.size, has_object, is_turned, note)
+
+
+def extract(annotation: Annotation, path: Path) -> Path:
+    """Writes the photo that an annotation's file holds to the path, to which its kind's ending is added."""
+    with reading(f"{annotation.file}: its imageData"):
+        content = annotation.embedded()
+        with Image.open(io.BytesIO(content)) as image:
+            path = path.with_name(f"{path.name}.{image.format.lower().replace('mpo', 'jpeg')}")
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path.suffix} is no kind of photo")
+    path.write_bytes(content)
+    return path
+
+
+def plain(text: str) -> str:
+    """What of a text may be part of a file's name everywhere."""
+    return re.sub(r"[^\w.-]", "_", text)
+
+
+def check_ours(folder: Path) -> None:
+    """Raises UserError where there are files that make_masks.py did not write, or masks that were changed since."""
+    known = {}
+    if (folder / MANIFEST).is_file():
+        with reading(folder / MANIFEST):
+            known = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST and (name not in known or known[name] not in (None, checksum(path))):
+            raise UserError(f"{path} was not written by make_masks.py, or changed since: choose another --output-dir")
+
+
+def checksum(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
+
+
+def make(annotations: list[Annotation], photos: list[Path | None], args: argparse.Namespace) -> list[Row]:
+    """Writes all pairs, into a hidden folder which then takes the output's place. Returns a row for each."""
+    check_ours(args.output_dir)
+    parent = next(folder for folder in args.output_dir.absolute().parents if folder.exists())
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".make_masks-") as temporary:
+        folder, taken = Path(temporary, "new"), set()
+        for kind in ("images", "masks", "embedded"):
+            (folder / kind).mkdir(parents=True)
+        embedded = (Path(plain(PureWindowsPath(annotation.photo).name)) for annotation in annotations)
+        stems = [stem_of(photo or other) for photo, other in zip(photos, embedded, strict=True)]
+        names = [free_name(stem.removesuffix(MASK_SUFFIX), taken) for stem in stems]
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            rows = pool.map(partial(write_pair, folder=folder, args=args), annotations, photos, names)
+            rows = list(tqdm(rows, desc="drawing", total=len(names), unit="photo", disable=None))
+        notes = [row.note for row in rows if row.has_object or not args.skip_empty]
+        if not notes:
+            raise UserError("no photo shows an object: nothing is left by --skip-empty")
+        if args.ignore_label and not holds_void(notes):
+            raise UserError(
+                f"--ignore-label {args.ignore_label[0]}: too few masks with void hold an object, too, so that train.py "
+                "would take void for the object: add --skip-empty, or leave it out"
+            )
+        shutil.rmtree(folder / "embedded")
+        manifest = {f"images/{path.name}": None for path in sorted((folder / "images").iterdir())}
+        manifest |= {f"masks/{path.name}": checksum(path) for path in sorted((folder / "masks").iterdir())}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        args.output_dir.parent.mkdir(parents=True, exist_ok=True)
+        if args.output_dir.exists():
+            args.output_dir.replace(Path(temporary, "old"))
+        folder.replace(args.output_dir)
+    return rows
+
+
+def print_table(annotations: list[Annotation], rows: list[Row], args: argparse.Namespace) -> None:
+    shapes = [shape for annotation in annotations for shape in annotation.shapes]
+    counts = Counter(shape.label for shape in shapes if shape.draw)
+    width = max(map(len, ("label", *counts)))
+    print(f"{'label':{width}}  photos  objects     area")
+    for label, count in sorted(counts.items(), key=lambda item: (item[0] not in args.label, -item[1])):
+        showing = sum(row.areas[label] > 0 for row in rows)
+        share = sum(row.areas[label] for row in rows) / sum(row.size for row in rows)
+        use = "" if label in args.label else "  void" if label in args.ignore_label else "  not asked for"
+        print(f"{label:{width}}  {showing:6}  {count:7}  {100 * share:5.1f} %{use}")
+    if empty := sum(not row.has_object for row in rows):
+        fate = "left out" if args.skip_empty else "with an empty mask; --skip-empty leaves them out"
+        print(f"Photos without an object: {empty}, {fate}")
+    if without_area := len(shapes) - counts.total():
+        print(f"Shapes without an area (points, lines, boxes of COCO and YOLO): {without_area}, left out")
+    if turned := sum(row.is_turned for row in rows):
+        print(f"Photos that were annotated as they lie, without EXIF's orientation: {turned}; their masks are upright")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("sources", nargs="+", type=Path, help="annotation files, and folders with them and with photos")
+    add("--label", action="append", default=[], help="the object's label; several are united [the only one]")
+    add("--ignore-label", action="append", default=[], help="255 in the masks: void, which counts nowhere")
+    add("--skip-empty", action="store_true", help="leaves out photos without an object")
+    add("--corrected", action="store_true", help="leaves out predict.py's files that nobody has saved since")
+    add("--output-dir", type=Path, help="where images/ and masks/ are written [masks_of_<label>]")
+    args = parser.parse_args(argv)
+    try:
+        annotations, photos = read_sources(args.sources)
+        predictions = sum(annotation.is_prediction for annotation in annotations)
+        if args.corrected:
+            annotations = [annotation for annotation in annotations if not annotation.is_prediction]
+        args.label = choose_labels(annotations, args.label, args.ignore_label)
+        args.output_dir = args.output_dir or Path("_".join(("masks_of", *map(plain, args.label))))
+        matched = match(annotations, photos)
+        rows = make(annotations, matched, args)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}: make room there, or choose another --output-dir"
+        ) from error
+    print_table(annotations, rows, args)
+    if (others := photos.count - sum(photo is not None for photo in matched)) > 0:
+        print(f"Photos that no file mentions: {others}, left out")
+    if predictions:
+        fate = "left out" if args.corrected else "taken; --corrected leaves them out"
+        print(f"Predictions that nobody has saved in LabelMe since: {predictions}, {fate}")
+    print("python split_data.py", *(shlex.quote(str(args.output_dir / kind)) for kind in ("images", "masks")))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,110 @@
+"""Polygons <-> masks.
+
+A ring is an array of corners (x, y), float64 (n, 2). They count from the photo's upper left corner: the centre of its
+first pixel is (0.5, 0.5).
+"""
+
+from collections.abc import Iterable, Iterator
+
+import contourpy
+import cv2
+import numpy as np
+
+FAR = 1e7  # pixels: a coordinate beyond is a mistake
+
+
+def ring_of(points: Iterable) -> np.ndarray:
+    """Corners, float64 (n, 2), from pairs or from x, y, x, y, ... Raises ValueError for nan and what is far away."""
+    ring = np.array(list(points), np.float64).reshape(-1, 2)
+    if not (np.abs(ring) < FAR).all():
+        raise ValueError("a coordinate is no number, or far away from the photo")
+    return ring
+
+
+def box_ring(points: Iterable) -> np.ndarray:
+    """The four corners of a box that is given by two opposite ones."""
+    (left, top), (right, bottom) = ring_of(points)
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+
+
+def ellipse_ring(x: float, y: float, radius_x: float, radius_y: float) -> np.ndarray:
+    """720 corners: at a radius of 1000 pixels they are 0.01 off."""
+    angles = np.linspace(0, 2 * np.pi, 720, endpoint=False)
+    return ring_of(np.stack((x + radius_x * np.cos(angles), y + radius_y * np.sin(angles)), 1))
+
+
+def turned(ring: np.ndarray, degrees: float) -> np.ndarray:
+    """Turned clockwise around its centre."""
+    angle, centre = np.radians(degrees), ring.mean(0)
+    return (ring - centre) @ [(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))] + centre
+
+
+def polygon_mask(rings: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """The union of rings: pixels whose centres lie inside of one of them, by the even-odd rule.
+
+    Each edge changes inside to outside for all pixels to the right of where it crosses their row's centres. What is
+    traversed forth and back, as the slit to a hole, changes nothing.
+    """
+    mask = np.zeros(size, bool)
+    for ring in rings:
+        first, last = (np.clip(np.ceil(edge(0) - 0.5), 0, size[::-1]).astype(int) for edge in (ring.min, ring.max))
+        width, height = np.maximum(last - first, 0)
+        start, end = ring - first, np.roll(ring, -1, 0) - first
+        upper, lower = (np.where((start[:, 1:] < end[:, 1:]) == is_upper, start, end) for is_upper in (True, False))
+        top, bottom = (np.clip(np.ceil(corners[:, 1] - 0.5), 0, height).astype(int) for corners in (upper, lower))
+        rows = bottom - top  # whose centres the edge crosses
+        edge = np.repeat(np.arange(len(ring)), rows)
+        row = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows) + top[edge]
+        across = (lower - upper)[edge]
+        x = upper[edge, 0] + (row + 0.5 - upper[edge, 1]) * across[:, 0] / across[:, 1]
+        changes = np.zeros((height, width + 1), bool)
+        np.logical_xor.at(changes, (row, np.clip(np.ceil(x - 0.5), 0, width).astype(int)), True)
+        np.logical_xor.accumulate(changes, 1, out=changes)
+        mask[first[1] : last[1], first[0] : last[0]] |= changes[:, :width]
+    return mask
+
+
+def outlines(mask: np.ndarray, min_area: int) -> Iterator[np.ndarray]:
+    """A ring for each object of a mask, uint8 (H, W), in which 0 is background; polygon_mask makes its pixels of it.
+
+    It stays within a pixel of the mask's edge. Objects and holes of less than `min_area` pixels are left out.
+    """
+    left, top, width, height = cv2.boundingRect(mask)
+    inner = np.pad(mask[top : top + height, left : left + width] > 0, 1)
+    # Rings run half-way between the centres of pixels inside and outside; just below 0.5, corners that touch are joined
+    objects = contourpy.contour_generator(z=inner, fill_type="OuterOffset").filled(0.5 - 1e-9, 2)
+    for corners, starts in zip(*objects, strict=True):
+        outer, *holes = (ring[:-1].round(2) for ring in np.split(corners, starts[1:-1]))
+        holes = [hole for hole in holes if count_pixels(hole) >= min_area]
+        pixels = count_pixels(outer) - sum(map(count_pixels, holes))
+        if pixels >= min_area:
+            share = 0.007 * pixels / sum(map(len, (outer, *holes)))  # each may change so many for each of its corners
+            rings = [simplified(ring, share * len(ring)) for ring in (outer, *holes)]
+            yield with_slits(rings) + np.array((left - 0.5, top - 0.5))
+
+
+def count_pixels(ring: np.ndarray) -> float:
+    """How many pixels a ring of `outlines` holds: at each corner it cuts off or adds an eighth, half a pixel in all."""
+    return cv2.contourArea(ring.astype(np.float32)) + 0.5
+
+
+def simplified(ring: np.ndarray, may_change: float) -> np.ndarray:
+    """The ring with fewer corners, so that at most so many pixels change sides."""
+    shift = ring.min(0).round() - 1.5  # into a box of its own, in which the centres are polygon_mask's
+    size = tuple(np.ceil(ring.max(0) - shift).astype(int)[::-1] + 1)
+    exact = polygon_mask([ring - shift], size)
+    for tolerance in (0.7, 0.5, 0.35):  # with 0.7, the ring stays within a pixel of the edge
+        simple = cv2.approxPolyDP(ring.astype(np.float32), tolerance, True)[:, 0].astype(np.float64)
+        if len(simple) > 2 and np.count_nonzero(polygon_mask([simple - shift], size) ^ exact) <= may_change:
+            return simple
+    return ring
+
+
+def with_slits(rings: list[np.ndarray]) -> np.ndarray:
+    """An outer ring and those of its holes as one, with a slit to the leftmost corner of each hole."""
+    whole, *holes = rings
+    for hole in sorted(holes, key=lambda hole: hole[:, 0].min()):
+        around = np.roll(hole, -hole[:, 0].argmin(), 0)
+        here = ((whole - around[0]) ** 2).sum(1).argmin()
+        whole = np.concatenate((whole[: here + 1], around, around[:1], whole[here:]))
+    return whole

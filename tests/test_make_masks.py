@@ -1,0 +1,586 @@
+"""From what annotation tools export to pairs of photos and masks. Every test draws its own photos and files."""
+
+import base64
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_tools
+
+import distributed
+import make_masks
+from dataset import CarvanaDataset, find_pairs
+from polygons import polygon_mask
+from submission import rle_encode
+
+SIZE = 300, 400  # (height, width) of the photos
+CAR = [(60.5, 200.25), (80, 120), (160.75, 80.5), (290.5, 90), (350, 200.5), (330.25, 240), (90, 250.75)]
+VAN = [(20, 20), (60, 20), (60, 50), (20, 50)]
+
+
+def photo(path: str, size: tuple[int, int] = SIZE, **options: object) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(len(path)).integers(0, 255, (*size, 3), np.uint8)
+    Image.fromarray(noise).save(path, **options)
+
+
+def write(path: str, content: object) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def make(*args: object) -> None:
+    make_masks.main([str(arg) for arg in args])
+
+
+def error_of(*args: object) -> str:
+    """The one sentence with which the command ends, and exit status 1; nothing may have been written."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as exit_:
+        distributed.run(lambda: make(*args))
+    message = exit_.value.code  # a text: Python prints it and exits with status 1
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    assert sorted(Path().rglob("*")) == before
+    return message
+
+
+def mask_of(name: str, folder: str = "masks_of_car") -> np.ndarray:
+    return np.asarray(Image.open(Path(folder, "masks", f"{name}_mask.png")))
+
+
+def inside(*rings: list, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return polygon_mask([np.array(ring, float) for ring in rings], size)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files as the tools write them: each has a car on a.jpg, and the van is a second label
+
+
+def labelme_file(shapes: list[dict], image_path: str = "a.jpg", size: tuple[int, int] = SIZE, **more: object) -> dict:
+    """https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py, write_label_file"""
+    rest = {"group_id": None, "description": "", "flags": {}, "mask": None}
+    shapes = [{"label": "car", "shape_type": "polygon"} | rest | shape for shape in shapes]
+    content = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": image_path, "imageData": None}
+    return content | {"imageHeight": size[0], "imageWidth": size[1]} | more
+
+
+def write_labelme() -> None:
+    write("photos/a.json", labelme_file([{"points": CAR}, {"label": "van", "points": VAN}]))
+
+
+def coco_file(*annotations: dict) -> dict:
+    """https://cocodataset.org/#format-data"""
+    image = {"id": 7, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1], "license": 1, "date_captured": ""}
+    categories = [{"id": 3, "name": "car", "supercategory": "vehicle"}, {"id": 9, "name": "van"}]
+    rest = {"image_id": 7, "category_id": 3, "iscrowd": 0, "area": 1.0, "bbox": [0, 0, 1, 1]}
+    annotations = [{"id": number} | rest | annotation for number, annotation in enumerate(annotations, 100)]
+    return {"info": {}, "licenses": [], "images": [image], "annotations": annotations, "categories": categories}
+
+
+def flat(ring: list) -> list[float]:
+    return np.array(ring, float).ravel().tolist()
+
+
+def write_coco() -> None:
+    write(
+        "photos/instances.json",
+        coco_file({"segmentation": [flat(CAR)]}, {"category_id": 9, "segmentation": [flat(VAN)]}),
+    )
+
+
+def cvat_file(shapes: str, name: str = "a.jpg") -> str:
+    """https://docs.cvat.ai/docs/dataset_management/formats/format-cvat/ and its XML annotation format"""
+    return f"""<?xml version="1.0" encoding="utf-8"?>
+<annotations>
+  <version>1.1</version>
+  <meta><task><name>streets</name><labels><label><name>car</name></label></labels></task></meta>
+  <image id="0" name="{name}" width="{SIZE[1]}" height="{SIZE[0]}">
+    <tag label="good_frame" source="manual"></tag>
+    {shapes}
+  </image>
+</annotations>
+"""
+
+
+def cvat_polygon(label: str, ring: list) -> str:
+    points = ";".join(f"{x:.2f},{y:.2f}" for x, y in ring)
+    return f'<polygon label="{label}" source="manual" occluded="0" points="{points}" z_order="0"></polygon>'
+
+
+def write_cvat() -> None:
+    write("photos/annotations.xml", cvat_file(cvat_polygon("car", CAR) + cvat_polygon("van", VAN)))
+
+
+def yolo_row(number: int, ring: list) -> str:
+    return f"{number} " + " ".join(f"{x / SIZE[1]:.8f} {y / SIZE[0]:.8f}" for x, y in ring)
+
+
+def write_yolo() -> None:
+    """https://docs.ultralytics.com/datasets/segment/"""
+    write("photos/a.txt", yolo_row(0, CAR) + "\n" + yolo_row(1, VAN) + "\n")
+    write("photos/data.yaml", "path: x\ntrain: images\n\nnames:\n  0: car  # comment\n  1: 'van'\n\nnc: 2\n")
+
+
+def write_labels() -> None:
+    """Pascal VOC's SegmentationClass: a palette whose indices are the labels."""
+    labels = np.zeros(SIZE, np.uint8)
+    labels[inside(CAR)], labels[inside(VAN)] = 7, 6
+    image = Image.fromarray(labels).convert("P")
+    image.putpalette([0, 0, 0, *np.random.default_rng(0).integers(1, 255, 765).tolist()])
+    Path("photos/SegmentationClass").mkdir(parents=True)
+    image.save("photos/SegmentationClass/a.png")
+
+
+def write_table() -> None:
+    """https://www.kaggle.com/c/carvana-image-masking-challenge/data, with a column for the class."""
+    rows = [
+        ["img", "class", "rle_mask"],
+        *(["a.jpg", n, rle_encode(inside(r))] for n, r in (("car", CAR), ("van", VAN))),
+    ]
+    with Path("photos/train_masks.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+FORMATS: dict[str, tuple[Callable, str, str]] = {  # what writes the file, its name, and the car's label
+    "labelme": (write_labelme, "a.json", "car"),
+    "coco": (write_coco, "instances.json", "car"),
+    "cvat": (write_cvat, "annotations.xml", "car"),
+    "yolo": (write_yolo, "a.txt", "car"),
+    "label images": (write_labels, "SegmentationClass/a.png", "7"),
+    "run lengths": (write_table, "train_masks.csv", "car"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_mask(kind, capsys):
+    write_it, _, label = FORMATS[kind]
+    photo("photos/a.jpg")
+    write_it()
+    make("photos", "--label", label, "--output-dir", "out")
+    assert np.array_equal(mask_of("a", "out"), np.where(inside(CAR), 255, 0))
+    assert Path("out/images/a.jpg").read_bytes() == Path("photos/a.jpg").read_bytes()
+    lines = capsys.readouterr().out.splitlines()
+    share = f"{100 * inside(CAR).mean():.1f}"
+    assert lines[1].split() == [label, "1", "1", share, "%"] and lines[2].endswith("not asked for")
+    assert lines[-1] == "python split_data.py out/images out/masks"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_file_alone_finds_the_photo_beside_it_or_in_another_source(kind):
+    write_it, name, label = FORMATS[kind]
+    photo("elsewhere/deep/A.JPG")
+    Path("photos").mkdir()
+    write_it()
+    make(f"photos/{name}", "elsewhere", "--label", label, "--output-dir", "out")
+    assert [path.name for path in Path("out/images").iterdir()] == ["A.jpg"]
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    end = content.rstrip().rfind(b" ") if path.suffix in (".txt", ".csv") else len(content) // 2
+    path.write_bytes(content[:end])
+
+
+FAULTS = {
+    "truncated": (truncate, "--label"),
+    "missing photo": (lambda _: Path("photos/a.jpg").unlink(), "--label"),
+    "wrong size": (lambda _: photo("photos/a.jpg", (150, 200)), "--label"),
+    "unknown label": (lambda _: None, "--label lorry --label"),
+    "several labels": (lambda _: None, ""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_fault_is_one_sentence_and_nothing_is_written(kind, fault):
+    if (kind, fault) == ("yolo", "wrong size"):
+        pytest.skip("YOLO's coordinates are shares of any size")
+    write_it, name, label = FORMATS[kind]
+    photo("photos/a.jpg")
+    write_it()
+    spoil, flags = FAULTS[fault]
+    spoil(Path("photos", name))
+    message = error_of("photos", *flags.split(), *([label] if flags else []))
+    expected = {"unknown label": "lorry", "several labels": "--label"}.get(fault, str(Path("photos", name)))
+    assert expected in message and message.count(": ") <= 3  # an error is not the reason of another
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def rings() -> list[np.ndarray]:
+    """Stars around the middle of 600 x 800 pixels, some of them with whole numbers, and one that leaves the photo."""
+    random, found = np.random.default_rng(0), []
+    for number in range(8):
+        corners = int(random.integers(3, 25))
+        angles = np.sort(random.uniform(0, 2 * np.pi, corners))
+        radii = random.uniform(200, 290 if number else 600, corners)
+        ring = np.stack((400 + radii * np.cos(angles), 300 + radii * np.sin(angles)), 1)
+        found.append(ring.round() if number % 3 == 1 else ring)
+    return found
+
+
+def crossed(ring: np.ndarray, size: tuple[int, int], margin: float) -> np.ndarray:
+    """Pixels, grown by a margin, that the outline touches: bool (H, W)."""
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    touched = np.zeros(size, bool)
+    for start, end in zip(ring, np.roll(ring, -1, 0), strict=True):
+        enters, leaves = np.zeros(size), np.ones(size)
+        for begin, change, low in ((start[0], end[0] - start[0], columns), (start[1], end[1] - start[1], rows)):
+            change = change or 1e-12
+            one, other = (low - margin - begin) / change, (low + 1 + margin - begin) / change
+            enters, leaves = np.maximum(enters, np.minimum(one, other)), np.minimum(leaves, np.maximum(one, other))
+        touched |= enters <= leaves
+    return touched
+
+
+def pycocotools_mask(ring: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return coco_tools.decode(coco_tools.merge(coco_tools.frPyObjects([ring.ravel().tolist()], *size))) > 0
+
+
+def labelme_mask(ring: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """https://github.com/wkentaro/labelme/blob/main/labelme/utils/shape.py, shape_to_mask"""
+    image = Image.new("1", size[::-1])
+    ImageDraw.Draw(image).polygon([tuple(corner) for corner in ring], outline=1, fill=1)
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize(("other", "margin"), [(pycocotools_mask, 0), (labelme_mask, 1)])  # Pillow cuts coordinates off
+def test_polygons_are_those_of_pycocotools_and_labelme(other, margin):
+    for ring in rings():
+        ours, theirs = polygon_mask([ring], (600, 800)), other(ring, (600, 800))
+        assert (ours & theirs).sum() >= 0.99 * (ours | theirs).sum()
+        assert not ((ours != theirs) & ~crossed(ring, (600, 800), margin)).any()
+
+
+def test_pixels_belong_to_a_polygon_by_their_centres():
+    assert inside([(1.5, 1), (3.5, 1), (3.5, 3.4), (1.5, 3.4)], size=(5, 5)).sum() == 4
+    assert inside([(0.6, 0), (1.4, 0), (1.4, 5), (0.6, 5)], size=(5, 5)).sum() == 0
+    left, right = (
+        inside([(0, 0), (3.3, 0), (1.1, 9), (0, 9)], size=(9, 9)),
+        inside([(3.3, 0), (9, 0), (9, 9), (1.1, 9)], size=(9, 9)),
+    )
+    assert (left ^ right).all()  # neighbours share no pixel and leave none
+    pentagram = [(100 + 90 * np.sin(4 * np.pi * k / 5), 100 - 90 * np.cos(4 * np.pi * k / 5)) for k in range(5)]
+    assert not inside(pentagram, size=(200, 200))[100, 100]  # even-odd, as all tools draw it
+
+
+def test_parts_are_united_holes_stay_holes_and_crowds_count():
+    photo("photos/a.jpg")
+    ring, hole = [(50, 50), (150, 50), (150, 150), (50, 150)], [(80, 80), (120, 80), (120, 120), (80, 120)]
+    other = [(200, 200), (250, 200), (250, 250)]
+    crowd = np.zeros(SIZE, bool)
+    crowd[5:20, 300:333] = crowd[10:12, 310:390] = True
+    slit = [*ring, ring[0], *hole, hole[0]]
+    counts = [int(count) for count in np.diff(np.flatnonzero(np.diff(crowd.ravel("F"), prepend=False)), prepend=0)]
+    counts.append(crowd.size - sum(counts))
+    write("photos/coco.json", coco_file(
+        {"segmentation": [flat(slit), flat(other), [1, 2]]},
+        {"segmentation": {"counts": counts, "size": list(SIZE)}, "iscrowd": 1},
+        {"segmentation": []},  # a box only
+    ))  # fmt: skip
+    make("photos")
+    assert np.array_equal(mask_of("a") > 0, (inside(ring) & ~inside(hole)) | inside(other) | crowd)
+
+
+def test_compressed_run_lengths_are_exact():
+    random = np.random.default_rng(0)
+    photo("photos/a.jpg")
+    for share in (0, 0.001, 0.5, 0.999, 1):
+        mask = random.random(SIZE) < share
+        encoded = coco_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+        write("photos/coco.json", coco_file({"segmentation": encoded | {"counts": encoded["counts"].decode()}}))
+        make("photos")
+        assert np.array_equal(mask_of("a") > 0, mask)
+
+
+def test_all_shapes_of_labelme(capsys):
+    photo("photos/a.jpg")
+    disc = np.zeros((31, 41), np.uint8)
+    disc[5:20, 3:30] = 1
+    png = io.BytesIO()
+    Image.fromarray(disc).save(png, "PNG")
+    shapes = [
+        {"shape_type": "rectangle", "points": [[60, 50], [20.2, 10.6]]},  # drawn from its lower right corner
+        {"shape_type": "circle", "points": [[200, 100], [200, 140.5]]},
+        {"shape_type": "mask", "points": [[370, 280], [410, 310]], "mask": base64.b64encode(png.getvalue()).decode()},
+        {"shape_type": "oriented_rectangle", "points": [[100, 200], [120, 220], [110, 230], [90, 210]]},
+        {"shape_type": None, "points": [[380, -20], [450, 20], [380, 40]]},  # leaves the photo
+        {"shape_type": "point", "points": [[1, 1]]},
+        {"shape_type": "linestrip", "points": [[1, 1], [200, 290], [399, 5]]},
+        {"shape_type": "polygon", "points": [[1, 1], [200, 290]]},
+    ]
+    write("photos/a.json", labelme_file(shapes))
+    make("photos")
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]] + 0.5
+    wanted = (rows - 100) ** 2 + (columns - 200) ** 2 < 40.5**2
+    wanted[11:50, 20:60] = True
+    wanted[280:300, 370:400] |= disc[:20, :30] > 0
+    wanted |= inside(shapes[3]["points"]) | inside(shapes[4]["points"])
+    assert np.array_equal(mask_of("a") > 0, wanted)
+    assert "without an area (points, lines, boxes of COCO and YOLO): 3" in capsys.readouterr().out
+
+
+def test_all_shapes_of_cvat():
+    photo("photos/a.jpg")
+    counts = "3, 5, 7, 7, 5, 9, 3, 11, 2, 11, 2, 12, 1, 12, 1, 26, 1, 12, 1, 12, 2, 11, 3, 9, 5, 7, 7, 5, 3"
+    write(
+        "photos/annotations.xml",
+        cvat_file(f"""
+        <mask label="car" rle="{counts}" left="390" top="88" width="13" height="15"></mask>
+        <box label="car" xtl="100" ytl="200" xbr="140" ybr="220" rotation="90.0"></box>
+        <ellipse label="car" cx="200" cy="100" rx="50" ry="20" rotation="30"></ellipse>
+        <polyline label="car" points="0,0;300,300"></polyline>
+        <points label="car" points="574.90,939.48"></points>"""),
+    )  # fmt: skip; the mask is the documentation's
+    make("photos")
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]] + 0.5
+    along = (columns - 200) * np.cos(np.pi / 6) + (rows - 100) * np.sin(np.pi / 6)
+    across = (rows - 100) * np.cos(np.pi / 6) - (columns - 200) * np.sin(np.pi / 6)
+    wanted = (along / 50) ** 2 + (across / 20) ** 2 < 1
+    wanted[190:230, 110:130] = True
+    numbers = [int(count) for count in counts.split(",")]
+    wanted[88:103, 390:400] |= np.repeat(np.arange(len(numbers)) % 2, numbers).reshape(15, 13)[:, :10] > 0
+    assert ((mask_of("a") > 0) != wanted).sum() <= 2  # an ellipse has 720 corners
+
+
+@pytest.mark.parametrize("names", [
+    "names: [car, 'van']", "names:\n- car\n- van\nnc: 2", "names:\n  0: car\n  1: van", "names: {0: car, 1: 'van'}", "",
+])  # fmt: skip
+def test_yolo_in_the_usual_folders_with_and_without_names(names, capsys):
+    for part in ("train", "val"):
+        photo(f"set/images/{part}/a.jpg", (100 if part == "val" else 300, 400))
+        photo(f"set/images/{part}/nothing {part}.jpg")
+        write(f"set/labels/{part}/a.txt", yolo_row(1, CAR if part == "val" else VAN) + "\n0 0.5 0.5 0.2 0.2\n")
+        write(f"set/labels/{part}/nothing {part}.txt", "")
+    write("set/classes.txt", "")
+    write("set/data.yaml", f"path: .\n{names}\n")
+    make("set", "--output-dir", "out")
+    assert {path.name for path in Path("out/images").iterdir()} == {
+        "a.jpg",
+        "a-2.jpg",
+        "nothing train.jpg",
+        "nothing val.jpg",
+    }
+    assert np.array_equal(mask_of("a", "out") > 0, inside(VAN)) and mask_of("a-2", "out").shape == (100, 400)
+    out = capsys.readouterr().out
+    assert re.search(rf"^{'van' if names else '1'} +2 +2 ", out, re.MULTILINE) and "Photos without an object: 2" in out
+    assert "Shapes without an area (points, lines, boxes of COCO and YOLO): 2" in out
+
+
+def test_tables_of_other_challenges_count_down_the_columns():
+    photo("photos/a.jpg")
+    photo("photos/b.jpg")
+    write(
+        "train.csv",
+        f"ImageId,EncodedPixels\na.jpg,{rle_encode(inside(CAR).T)}\na.jpg,{rle_encode(inside(VAN).T)}\nb.jpg,\n",
+    )
+    make("train.csv", "photos", "--output-dir", "out")
+    assert np.array_equal(mask_of("a", "out") > 0, inside(CAR) | inside(VAN)) and not mask_of("b", "out").any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photos
+
+
+@pytest.mark.parametrize("name", [
+    "a.jpg", "..\\photos\\a.jpg", "../photos/a.jpg", "C:\\Users\\a.jpg", "/home/a.jpg", "../../../etc/a.jpg", "A.JPG",
+])  # fmt: skip
+def test_paths_of_other_machines_find_the_photo(name):
+    photo("photos/a.jpg")
+    write("labels/a.json", labelme_file([{"points": CAR}], name))
+    make("labels", "photos")
+    assert np.array_equal(mask_of("a") > 0, inside(CAR))
+
+
+def test_a_photo_inside_of_the_file_is_used_where_there_is_no_other():
+    photo("a.jpg")
+    data = base64.b64encode(Path("a.jpg").read_bytes()).decode()
+    write("labels/a.json", labelme_file([{"points": CAR}], "lost.jpg", imageData=data))
+    make("labels")
+    assert Path("masks_of_car/images/lost.jpeg").read_bytes() == Path("a.jpg").read_bytes()
+    write("labels/a.json", labelme_file([{"points": CAR}], "lost.jpg", imageData=data[:100]))
+    assert "imageData" in error_of("labels")
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_photo_that_lies_on_its_side_is_taken_as_the_tool_took_it(orientation, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo("photos/a.jpg", SIZE, exif=exif)
+    upright = np.rot90(np.zeros(SIZE), {3: 2, 6: -1, 8: 1}[orientation]).shape
+    write("photos/a.json", labelme_file([{"points": VAN}], size=upright))
+    make("photos")
+    assert np.array_equal(mask_of("a") > 0, inside(VAN, size=upright)) and "EXIF" not in capsys.readouterr().out
+    if orientation != 3:  # of a photo upside down the sizes say nothing
+        write("photos/a.json", labelme_file([{"points": VAN}], size=SIZE))
+        make("photos")
+        assert np.array_equal(mask_of("a") > 0, np.rot90(inside(VAN), {6: -1, 8: 1}[orientation]))
+        assert "EXIF's orientation: 1" in capsys.readouterr().out
+    data = CarvanaDataset(Path("masks_of_car/images"), Path("masks_of_car/masks"), (48, 64))
+    data.prepare(None)
+    assert tuple(data.infos[0][["height", "width"]]) == upright
+
+
+def test_photos_of_one_stem_and_names_that_differ_in_case_or_form():
+    names = ["x/a.jpg", "y/a.png", "y/A_mask.jpg", "x/" + unicodedata.normalize("NFD", "bäume.jpg")]
+    for name in names:
+        photo(name)
+        write(
+            str(Path(name).with_suffix(".json")),
+            labelme_file([{"points": VAN}], unicodedata.normalize("NFC", Path(name).name)),
+        )
+    make("x", "y")
+    pairs = find_pairs(Path("masks_of_car/images"), Path("masks_of_car/masks"))
+    assert [image.name for image, _ in pairs] == ["A-2.jpg", "a.jpg", "a-3.png", "bäume.jpg"]
+
+
+def test_two_photos_that_may_be_meant_or_two_files_on_one_photo_stop():
+    for place in ("x", "y"):
+        photo(f"{place}/a.jpg")
+    write("labels/a.json", labelme_file([{"points": CAR}]))
+    assert "twice" in error_of("labels", "x", "y")
+    os.link("x/a.jpg", "labels/a.jpg")
+    write("labels/b.json", labelme_file([{"points": CAR}]))
+    message = error_of("labels", "x")
+    assert "labels/a.json" in message and "labels/b.json" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Odd input
+
+
+ODD = {
+    "nan": [{"points": [[float("nan"), 1], [2, 3], [4, 5]]}],
+    "far away": [{"points": [[1e300, 1], [2, 3], [4, 5]]}],
+    "no pairs": [{"points": [[1, 2], [3], [4, 5]]}],
+    "words": [{"points": [["x", "y"], [2, 3], [4, 5]]}],
+    "no points": [{}],
+    "a circle of one point": [{"points": [[1, 2]], "shape_type": "circle"}],
+    "a broken mask": [{"points": [[1, 2], [3, 4]], "shape_type": "mask", "mask": "iVBORw0KGgo="}],
+    "no mask": [{"points": [[1, 2], [3, 4]], "shape_type": "mask"}],
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_shape_is_named(odd):
+    photo("photos/a.jpg")
+    write("photos/a.json", labelme_file([{"points": CAR}, *ODD[odd]]))
+    assert "photos/a.json: shape 2 (car)" in error_of("photos")
+
+
+def test_other_files_are_passed_over_and_none_is_an_error(capsys):
+    photo("photos/a.jpg")
+    for name, content in {
+        "notes.json": '{"a": 1}', "list.json": "[1, 2]", "voc.xml": "<annotation></annotation>", "notes.txt": "2024 12",
+        "page.html": "<html><p>", "empty.txt": "", "table.csv": "a,b\n1,2\n",
+    }.items():  # fmt: skip
+        write(f"photos/{name}", content)
+    assert "no annotations" in error_of("photos")
+    write("photos/a.json", labelme_file([{"points": CAR}]))
+    make("photos")
+    assert "Passed over, because they are no annotations: 7 files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[" * 100_000, '{"shapes": 3, "imagePath": "a.jpg"}', '{"shapes": [], "imagePath": 3}']
+)
+def test_a_broken_json_is_named(content):
+    photo("photos/a.jpg")
+    write("photos/a.json", content)
+    assert "photos/a.json" in error_of("photos")
+
+
+def test_coco_without_its_category_or_image_names_the_annotation():
+    photo("photos/a.jpg")
+    for wrong in ({"category_id": 5}, {"image_id": 5}):
+        write("photos/a.json", coco_file({"segmentation": [flat(CAR)]} | wrong))
+        assert "annotation 100" in error_of("photos")
+
+
+def test_a_mask_that_would_fill_the_memory_is_refused():
+    photo("photos/a.jpg")
+    mask = '<mask label="car" rle="0,1000000000000" left="0" top="0" width="1000000" height="1000000"></mask>'
+    write("photos/a.xml", cvat_file(mask))
+    assert "photos/a.xml: image a.jpg, shape 1 (car)" in error_of("photos")
+
+
+def test_videos_of_cvat_are_sent_back():
+    write("a.xml", '<?xml version="1.0"?><annotations><track id="0" label="car"></track></annotations>')
+    assert "CVAT for images" in error_of("a.xml")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels and output
+
+
+def test_labels_are_united_and_empty_photos_left_out(capsys):
+    for name in "abc":
+        photo(f"photos/{name}.jpg")
+    write(
+        "photos/a.json",
+        labelme_file([{"points": CAR}, {"label": "van", "points": VAN}, {"label": "tree", "points": VAN}]),
+    )
+    write("photos/b.json", labelme_file([], "b.jpg"))
+    make("photos", "--label", "car", "--label", "van")
+    assert np.array_equal(mask_of("a", "masks_of_car_van") > 0, inside(CAR) | inside(VAN))
+    assert not mask_of("b", "masks_of_car_van").any() and "Photos without an object: 1, with" in capsys.readouterr().out
+    make("photos", "--label", "car", "--label", "van", "--skip-empty")
+    assert len(list(Path("masks_of_car_van/images").iterdir())) == 1
+    assert "Photos without an object: 1, left out" in capsys.readouterr().out
+
+
+def test_ignored_labels_are_void_in_training():
+    for name in "ab":
+        photo(f"photos/{name}.jpg")
+        write(f"photos/{name}.json", labelme_file([{"label": "void", "points": VAN}, {"points": CAR}], f"{name}.jpg"))
+    make("photos", "--ignore-label", "void")
+    data = CarvanaDataset(Path("masks_of_car/images"), Path("masks_of_car/masks"), SIZE)
+    data.prepare(None)
+    wanted = np.where(inside(VAN), 255, inside(CAR))
+    assert data.rule.has_void and all(np.array_equal(data.sample(row)[1], wanted) for row in range(2))
+    for name in "ab":
+        write(f"photos/{name}.json", labelme_file([{"label": "void", "points": VAN}], f"{name}.jpg"))
+    photo("photos/c.jpg")
+    write("photos/c.json", labelme_file([{"points": CAR}], "c.jpg"))
+    assert "--skip-empty" in error_of("photos", "--ignore-label", "void", "--output-dir", "out")
+
+
+def test_the_same_command_again_replaces_its_own_output_and_nothing_else():
+    photo("photos/a.jpg")
+    photo("photos/b.jpg")
+    for name in "ab":
+        write(f"photos/{name}.json", labelme_file([{"points": CAR}], f"{name}.jpg"))
+    make(".")
+    Path("photos/b.json").unlink()
+    write("photos/a.json", labelme_file([{"points": VAN}]))
+    make(".")
+    assert np.array_equal(mask_of("a") > 0, inside(VAN)) and len(list(Path("masks_of_car/images").iterdir())) == 1
+    assert not [path for path in Path().iterdir() if path.name.startswith(".")]
+
+    Image.new("L", SIZE[::-1], 255).save("masks_of_car/masks/a_mask.png")  # somebody has retouched it
+    assert "masks_of_car/masks/a_mask.png" in error_of("photos")
+    photo("mine/x.jpg")
+    assert "mine/x.jpg" in error_of("photos", "--output-dir", "mine")
+
+
+def test_a_label_that_is_a_path_stays_in_the_folder(folder):
+    photo("photos/a.jpg")
+    write("photos/a.json", labelme_file([{"label": "../../evil\n", "points": CAR}]))
+    make("photos")
+    assert Path("masks_of_.._.._evil/masks/a_mask.png").exists()

@@ -1,0 +1,187 @@
+"""From predicted masks to LabelMe's files, and from those back to masks."""
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import make_masks
+import predict
+from annotations import write_labelme
+from metrics import uncertain_share
+from polygons import outlines, polygon_mask
+
+
+def blobs(smoothness: float, share: float, size: tuple[int, int] = (59, 83)) -> np.ndarray:
+    """A random mask, uint8 (H, W) in {0, 255}, with so large a share of objects, which touch the border."""
+    noise = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    noise = cv2.GaussianBlur(noise, (0, 0), smoothness)
+    return np.where(noise > np.quantile(noise, 1 - share), 255, 0).astype(np.uint8)
+
+
+def drawn(kind: str) -> np.ndarray:
+    mask = np.zeros((80, 100), np.uint8)
+    if kind == "a line":
+        cv2.line(mask, (3, 5), (90, 61), 255, 1)
+    elif kind == "a circle with a hole in it":
+        cv2.circle(mask, (50, 40), 30, 255, -1)
+        cv2.circle(mask, (55, 40), 12, 0, -1)
+        cv2.circle(mask, (55, 40), 5, 255, -1)
+    elif kind == "a thin circle":
+        cv2.circle(mask, (50, 40), 30, 255, 1)
+    elif kind == "specks":
+        mask[::7, ::5] = 255
+    elif kind == "pixels whose corners touch":
+        mask[np.arange(40), np.arange(40)] = mask[40:, 60:][np.indices((40, 40)).sum(0) % 2 > 0] = 255
+    elif kind == "all":
+        mask[:] = 255
+    return mask
+
+
+KINDS = (
+    "a line",
+    "a circle with a hole in it",
+    "a thin circle",
+    "specks",
+    "pixels whose corners touch",
+    "all",
+    "nothing",
+)
+MASKS = {kind: drawn(kind) for kind in KINDS} | {
+    f"blobs of {smoothness} pixels, {share}": blobs(smoothness, share)
+    for smoothness in (0.5, 2, 8) for share in (0.1, 0.5, 0.9)
+}  # fmt: skip
+
+
+def distances(points: np.ndarray, rings: list[np.ndarray]) -> np.ndarray:
+    """From points (n, 2) to the nearest of the rings' edges."""
+    nearest = np.full(len(points), np.inf)
+    for ring in rings:
+        for start, end in zip(ring, np.roll(ring, -1, 0), strict=True):
+            along = end - start
+            place = np.clip((points - start) @ along / max(along @ along, 1e-12), 0, 1)
+            nearest = np.minimum(nearest, np.hypot(*(points - start - place[:, None] * along).T))
+    return nearest
+
+
+def edge_of(mask: np.ndarray) -> np.ndarray:
+    """The middles of the sides between pixels inside and outside, and both of their ends: (n, 2)."""
+    padded = np.pad(mask > 0, 1)
+    upright, level = (np.argwhere(change)[:, ::-1] for change in (np.diff(padded, axis=1), np.diff(padded, axis=0)))
+    steps = np.array((-1, -0.5, 0))[:, None, None]
+    sides = upright + steps * (0, 1), level + steps * (1, 0)
+    return np.concatenate([points.reshape(-1, 2) for points in sides])
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_outlines_keep_to_the_edge_and_give_the_mask_again(kind):
+    mask = MASKS[kind]
+    rings = list(outlines(mask, 0))
+    again = polygon_mask(rings, mask.shape)
+    assert (again & (mask > 0)).sum() >= 0.99 * (again | (mask > 0)).sum()
+    assert distances(edge_of(mask), rings).max(initial=0) <= 1
+    assert len(rings) == cv2.connectedComponents(mask)[0] - 1
+    assert all((ring >= 0).all() and (ring <= mask.shape[::-1]).all() for ring in rings)
+
+
+def test_large_smooth_objects_get_few_corners():
+    (ring,) = outlines(cv2.circle(np.zeros((400, 400), np.uint8), (200, 200), 150, 255, -1), 0)
+    assert len(ring) < 100
+
+
+def test_small_objects_and_holes_are_left_out():
+    mask = np.zeros((50, 60), np.uint8)
+    mask[5:35, 5:45] = mask[40:43, 3:6] = 255
+    mask[10:13, 10:13] = mask[20:24, 20:24] = 0
+    again = polygon_mask(list(outlines(mask, 10)), mask.shape)
+    assert not again[40:43, 3:6].any() and again[10:13, 10:13].all() and not again[20:24, 20:24].any()
+    assert len(list(outlines(mask, 9))) == 2
+
+
+@pytest.mark.parametrize("min_area", [1, 2, 5, 12, 40])
+def test_objects_of_the_least_area_stay(min_area):
+    mask = blobs(2, 0.1)
+    areas = cv2.connectedComponentsWithStats(mask)[2][1:, cv2.CC_STAT_AREA]
+    assert len(list(outlines(mask, min_area))) == (areas >= min_area).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run(*args: object) -> None:
+    predict.main([str(arg) for arg in args])
+
+
+def test_predictions_come_back_as_the_same_masks(photos, capsys):
+    run("data/val_images", "--labelme", "--label", "car", "--min-area", 1)
+    content = json.loads(Path("predictions", f"{photos[0].stem}.json").read_text())
+    assert content["imagePath"] == f"../data/val_images/{photos[0].name}" and content["imageData"] is None
+    assert (content["imageHeight"], content["imageWidth"]) == (64, 96)
+    assert {shape["label"] for shape in content["shapes"]} == {"car"}
+    make_masks.main(["predictions"])
+    assert f"nobody has saved in LabelMe since: {len(photos)}, taken" in capsys.readouterr().out
+    for photo in photos:
+        name = f"{photo.stem}_mask.png"
+        ours, again = (
+            np.asarray(Image.open(Path(folder, name))) > 0 for folder in ("predictions", "masks_of_car/masks")
+        )
+        assert (ours & again).sum() >= 0.99 * (ours | again).sum()
+
+
+def saved_by_labelme(path: Path) -> None:
+    """LabelMe keeps keys that it does not know, and adds others to each shape: labelme/_label_file.py."""
+    content = json.loads(path.read_text())
+    content["shapes"] = [shape | {"description": "", "mask": None} for shape in content["shapes"]]
+    path.write_text(json.dumps(content, indent=2))
+
+
+def test_what_a_person_has_saved_is_never_overwritten(photos, capsys):
+    run("data/val_images", "--labelme")
+    corrected, mine, broken = (Path("predictions", f"{photo.stem}.json") for photo in photos[:3])
+    saved_by_labelme(corrected)
+    mine.write_text('["notes"]')
+    broken.write_text("{")
+    kept = {path: path.read_bytes() for path in (corrected, mine, broken)}
+    capsys.readouterr()
+    run("data/val_images", "--labelme", "--label", "other")
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert capsys.readouterr().out.count("kept: ") == 3
+    assert '"other"' in Path("predictions", f"{photos[3].stem}.json").read_text()  # its own are replaced
+
+    mine.unlink()
+    broken.unlink()
+    make_masks.main(["predictions", "--corrected"])
+    assert [path.stem for path in Path("masks_of_object/images").iterdir()] == [photos[0].stem]
+
+
+def test_the_least_certain_come_first(photos, capsys):
+    Path("masks").mkdir()
+    Path("data/val_masks", f"{photos[0].stem}_mask.gif").rename(f"masks/{photos[0].stem}_mask.gif")
+    run("data/val_images", "--labelme", "--mask-dir", "masks")
+    out = capsys.readouterr().out
+    shown = re.findall(r"^ +(\d\.\d{4})  (.*)$", out[out.index("least certain of 7") :], re.MULTILINE)
+    assert len(shown) == 7 and [share for share, _ in shown] == sorted((share for share, _ in shown), reverse=True)
+    assert photos[0].name not in "".join(name for _, name in shown)  # its mask is known: it has scores
+    assert Path("predictions/scores.csv").read_text().count("\n") == 2
+
+
+def test_uncertain_share_by_hand():
+    probabilities = np.zeros((10, 10), np.float32)
+    assert uncertain_share(probabilities) == 0
+    probabilities[0] = 0.4  # an object that the threshold loses
+    assert uncertain_share(probabilities) == 1
+    probabilities[1:4] = 0.9
+    assert uncertain_share(probabilities) == 0.25
+
+
+def test_a_file_of_another_folder_names_its_photo_from_there(tmp_path):
+    Path(tmp_path, "x/y").mkdir(parents=True)
+    assert write_labelme(tmp_path / "x/y/ä.json", drawn("a line"), tmp_path / "z/ä.jpg", "Straße", 0)
+    assert write_labelme(tmp_path / "x/y/ä.json", drawn("all"), tmp_path / "z/ä.jpg", "Straße", 0)
+    content = json.loads((tmp_path / "x/y/ä.json").read_text(encoding="utf-8"))
+    assert content["imagePath"] == "../../z/ä.jpg" and content["shapes"][0]["label"] == "Straße"
