@@ -239,6 +239,13 @@ class UNet(nn.Module):
         """Makes the first prediction this share of foreground, 0 to 1, for every pixel."""
         nn.init.constant_(self.head.bias, math.log(foreground / (1 - foreground)))
 
+    def start_with(self, checkpoint: dict) -> None:
+        """Takes the weights of a checkpoint of train.py. Raises UserError if they are another network's."""
+        before, now = (config.get("encoder") or config["features"] for config in (checkpoint["model"], self.config))
+        if before != now:
+            raise UserError(f"START_FROM is of {before}, not of {now}: set FEATURES or ENCODER to what it is of")
+        self.load_state_dict(checkpoint["state_dict"])
+
     def fold_batch_norm(self) -> None:
         """Makes BatchNorm a part of the convolutions, for prediction: 12 % faster. Needs eval mode."""
         for block in self.modules():

@@ -319,9 +319,11 @@ def train(s: SimpleNamespace) -> None:
     # Of several machines' torchruns only the one whose process has died counts the restart
     is_restart = distributed.all_reduce_max(distributed.RESTARTS) > 0
     checkpoint = distributed.broadcast_object(utils.checkpoint_to_continue, s, is_restart)
+    start = None
     if checkpoint:
         s.start_from = checkpoint["settings"].get("start_from")  # it goes on as it began
-    start = None if checkpoint else distributed.broadcast_object(utils.checkpoint_to_start_from, s)
+    elif s.start_from:
+        start = distributed.broadcast_object(utils.load_checkpoint, Path(s.start_from))
     train_loader, val_loader = load_data(s, device, rule_from(checkpoint and checkpoint["rule"]))
     train_set, val_set = train_loader.dataset, val_loader.dataset
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set))
@@ -331,7 +333,7 @@ def train(s: SimpleNamespace) -> None:
     if checkpoint:
         state.load_state_dict(utils.adapted(checkpoint, header))
     elif start:
-        state.model.load_state_dict(start["state_dict"])
+        state.model.start_with(start)
     elif s.encoder:
         state.model.encoder.load_pretrained(s.encoder_weights)
 

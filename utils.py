@@ -270,15 +270,6 @@ def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
     return checkpoint
 
 
-def checkpoint_to_start_from(s: SimpleNamespace) -> dict | None:
-    """The checkpoint whose weights this new run begins with, or None. Raises UserError if it is of another network."""
-    checkpoint = s.start_from and load_checkpoint(Path(s.start_from))
-    network = checkpoint and (checkpoint["model"].get("encoder") or checkpoint["model"]["features"])
-    if network and network != (wanted := s.encoder or list(s.features)):
-        raise UserError(f"{s.start_from} is of {network}, not of {wanted}: set FEATURES or ENCODER to what it is of")
-    return checkpoint
-
-
 def adapted(checkpoint: dict, header: dict) -> dict:
     """The checkpoint without what is void with today's photos, masks and seed; prints what that is."""
     data, settings = ([side[name] for side in (header, checkpoint)] for name in ("data", "settings"))
