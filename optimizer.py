@@ -17,17 +17,25 @@ ROWS = 64  # at most, of a block that is orthogonalized by itself: as good as 12
 def muon_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """Muon for all convolutions but the head; Adam, with a tenth of the rate, for head, BatchNorm and biases.
 
+    A pretrained encoder is a group of its own, Adam with 0.004 of the rate, which changes its weights little: on 50
+    photos Dice was 0.881, with 0.01 of the rate 0.874, and with 0.03 0.815.
+
     Args:
-        model: a network whose last layer is `head`.
+        model: a network whose last layer is `head`, and whose pretrained part, if it has one, is `encoder`.
         lr: how far a step moves a kernel, by the singular values of its blocks.
         weight_decay: a step shrinks the kernels by lr * weight_decay, and nothing else.
     """
-    kernels = [w for name, w in model.named_parameters() if w.ndim == 4 and not name.startswith("head")]
-    others = [w for name, w in model.named_parameters() if w.ndim != 4 or name.startswith("head")]
-    return [
-        {"params": kernels, "update": "muon", "lr": lr, "weight_decay": weight_decay},
-        {"params": others, "update": "adam", "lr": 0.1 * lr},
+    parts: dict[str, list[Tensor]] = {"kernels": [], "others": [], "encoder": []}
+    for name, weight in model.named_parameters():
+        is_kernel = weight.ndim == 4 and not name.startswith("head")
+        part = "encoder" if name.startswith("encoder") else "kernels" if is_kernel else "others"
+        parts[part].append(weight)
+    groups = [
+        {"params": parts["kernels"], "update": "muon", "lr": lr, "weight_decay": weight_decay},
+        {"params": parts["others"], "update": "adam", "lr": 0.1 * lr},
+        {"params": parts["encoder"], "update": "adam", "lr": 0.004 * lr},
     ]
+    return [group for group in groups if group["params"]]
 
 
 class Muon(torch.optim.Optimizer):

@@ -269,7 +269,7 @@ def find_photos(inputs: list[str]) -> list[Photo]:
     Raises UserError where an input holds none.
     """
     paths: dict[Path, Path] = {}  # by what they resolve to
-    taken, photos, lines = set(), [], []
+    taken, lines = set(), []
     for given in inputs:
         folder = Path(given)
         found = [folder]
@@ -287,11 +287,9 @@ def find_photos(inputs: list[str]) -> list[Photo]:
         for path in found:
             paths.setdefault(path.resolve(), path)
 
-    for path in paths.values():
-        photos.append(Photo(path, free_name(path.stem, taken)))
     if RANK == 0 and lines:
         print("\n".join(lines))
-    return photos
+    return [Photo(path, free_name(path.stem, taken)) for path in paths.values()]
 
 
 def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:

@@ -85,12 +85,16 @@ def check_settings(s: SimpleNamespace) -> None:
     """Checks train.py's settings and that its folders can be written to. Raises UserError."""
     number, parts = (int, float), WORLD_SIZE * (s.accumulation if type(s.accumulation) is int else 1)
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) else 1
-    side = lambda v: v >= max(16, multiple)  # noqa: E731
+    smallest = 64 if s.encoder else max(16, multiple)
+    side = lambda v: v >= smallest  # noqa: E731
+    is_file = lambda v: v is None or (s.encoder and (s.load_model or Path(v).is_file()))  # noqa: E731
     parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
     check_ranges(s, (
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
-        ("image_height", int, side, f"a whole number, at least {max(16, multiple)}"),
-        ("image_width", int, side, f"a whole number, at least {max(16, multiple)}"),
+        ("image_height", int, side, f"a whole number, at least {smallest}"),
+        ("image_width", int, side, f"a whole number, at least {smallest}"),
+        ("encoder", str | None, lambda v: v != "", 'the name of a network of timm, such as "resnet34", or to None'),
+        ("encoder_weights", str | None, is_file, "a file with the weights of ENCODER, or to None"),
         ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)),
          "labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to None"),
         ("mask_suffix", str, lambda v: not v.lower().endswith(SUFFIXES),
@@ -114,13 +118,27 @@ def check_settings(s: SimpleNamespace) -> None:
         ("saved_images_dir", str, bool, "a folder's name"),
         ("page_photos", int, lambda v: v >= 1, "a whole number, at least 1"),
     ))  # fmt: skip
-    if s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
+    if not s.encoder and s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
         raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
     for setting in ("train_img_dir", "train_mask_dir", "val_img_dir", "val_mask_dir"):
         if Path(s.saved_images_dir).resolve() == Path(getattr(s, setting)).resolve():
             raise UserError(f"SAVED_IMAGES_DIR is {setting.upper()}, where it could overwrite files: choose another")
     check_writable(Path(s.checkpoint).parent, "CHECKPOINT")
     check_writable(Path(s.saved_images_dir), "SAVED_IMAGES_DIR")
+
+
+def advise_on_epochs(s: SimpleNamespace, photos: int, seconds: float) -> None:
+    """Where a run has so few steps that a network learns little, prints how long 300 take; `seconds` are an epoch's.
+
+    75 count as few, because the quick start has 96.
+    """
+    steps = math.ceil(photos / s.batch_size)
+    if s.num_epochs * steps < 75:
+        epochs = 10 * math.ceil(30 / steps)
+        print(
+            f"{photos} photos: {s.num_epochs} epochs are {s.num_epochs * steps} steps; --num-epochs {epochs} takes "
+            f"about {math.ceil(epochs * seconds / 60)} min."
+        )
 
 
 def check_writable(folder: Path, setting: str) -> None:

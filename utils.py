@@ -190,7 +190,7 @@ def restore_previous(path: Path) -> None:
         previous.replace(path)
 
 
-FORMAT = 3  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
+FORMAT = 4  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
 
 
 def checkpoint_header(model: UNet, s: SimpleNamespace, train_set: CarvanaDataset, val_set: CarvanaDataset) -> dict:
@@ -257,8 +257,8 @@ def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
     checkpoint = load_checkpoint(path)
     if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
         raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
-    before = vars(s) | checkpoint["settings"]  # an older checkpoint lacks newer settings
-    fixed = ("features", "image_height", "image_width", "mean", "std", "foreground_values")
+    before = vars(s) | {"encoder": None} | checkpoint["settings"]  # an older checkpoint lacks newer settings
+    fixed = ("features", "encoder", "image_height", "image_width", "mean", "std", "foreground_values")
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
         raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
     if checkpoint["epoch"] >= s.num_epochs:

@@ -7,7 +7,7 @@ import torch
 
 import train
 import utils
-from settings import parse_settings
+from settings import advise_on_epochs, parse_settings
 
 
 def test_every_constant_is_a_flag_and_the_only_default():
@@ -57,3 +57,19 @@ def test_help_shows_every_constant_with_its_comment_and_default(capsys):
     assert "--batch-size SIZE images in a step, of all processes together; smaller if memory runs out [4]" in text
     for name in parse_settings(vars(train), []).__dict__:
         assert "--" + name.replace("_", "-") in text
+
+
+@pytest.mark.parametrize(
+    ("photos", "epochs", "said"),
+    [
+        (20, 3, "20 photos: 3 epochs are 15 steps; --num-epochs 60 takes about 4 min.\n"),
+        (50, 3, "50 photos: 3 epochs are 39 steps; --num-epochs 30 takes about 2 min.\n"),
+        (1, 3, "1 photos: 3 epochs are 3 steps; --num-epochs 300 takes about 20 min.\n"),
+        (20, 60, ""),
+        (128, 3, ""),  # the quick start
+    ],
+)
+def test_a_run_of_few_steps_says_what_more_would_take(photos, epochs, said, capsys):
+    settings = parse_settings(vars(train), ["--num-epochs", str(epochs)])
+    advise_on_epochs(settings, photos, seconds=4.0)
+    assert capsys.readouterr().out == said

