@@ -166,9 +166,9 @@ def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
             root = ElementTree.parse(file).getroot()
             if root.tag == "annotations":
                 return cvat(file, root)
-        elif re.search(r"^[^,]+,.*(rle|encod|segmentation)", line):
+        elif re.search(r"^[^,]*,.*(rle|encod|segmentation)", line):
             return run_length_table(file)
-        elif re.match(r"\d+(\s+-?[\d.]+(e-?\d+)?){4}(\s|$)", line) or (not head and has_photo):
+        elif re.match(r"\d+(\.0+)?(\s+(-?[\d.]+(e-?\d+)?|nan)){4}(\s|$)", line) or (not head and has_photo):
             return [yolo(file)]
     return None
 
@@ -176,7 +176,7 @@ def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
 def labelme(file: Path, content: dict) -> Annotation:
     """X-AnyLabeling's files are alike. https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py"""
     height, width = content.get("imageHeight"), content.get("imageWidth")
-    annotation = Annotation(file, content["imagePath"], (height, width) if height and width else None)
+    annotation = Annotation(file, content["imagePath"], (int(height), int(width)) if height and width else None)
     annotation.is_prediction = is_untouched(content)
     if content.get("imageData"):
         annotation.embedded = lambda: base64.b64decode(json.loads(file.read_text("utf-8-sig"))["imageData"])
@@ -200,10 +200,13 @@ def labelme(file: Path, content: dict) -> Annotation:
 def coco(file: Path, content: dict) -> list[Annotation]:
     """https://cocodataset.org/#format-data"""
     names = {category["id"]: category["name"] for category in content["categories"]}
-    photos = {
-        image["id"]: Annotation(file, image["file_name"], (image["height"], image["width"]))
-        for image in content["images"]
-    }
+    photos: dict[object, Annotation] = {}
+    for image in content["images"]:
+        with reading(f"{file}: image {image.get('id')}"):
+            if image["id"] in photos:
+                raise ValueError("there are two of this id")
+            size = int(image.get("height") or 0), int(image.get("width") or 0)
+            photos[image["id"]] = Annotation(file, str(image["file_name"]), size if all(size) else None)
     for entry in content["annotations"]:
         place = f"annotation {entry.get('id')}"
         with reading(f"{file}: {place}"):
@@ -268,6 +271,7 @@ def yolo(file: Path) -> Annotation:
         place = f"row {number}"
         with reading(f"{file}: {place}"):
             label, *coordinates = line.split()
+            label = label.removesuffix(".0")
             if len(coordinates) % 2 or len(coordinates) < 4:
                 raise ValueError(f"{len(coordinates)} coordinates")
             if names and int(label) not in names:
@@ -307,10 +311,12 @@ def run_length_table(file: Path) -> list[Annotation]:
         runs = next(columns[name] for name in columns if re.search("rle|encod|segmentation", name))
         label = next((columns[name] for name in columns if re.search("class|label", name)), None)
         is_by_rows = bool({"img", "segmentation"} & columns.keys())
+        named = (columns[name] for name in columns if name != runs.lower() and re.search("im(g|age)|name|id$", name))
+        name = next(named, table.fieldnames[0])
         for row in table:
             place = f"line {table.line_num}"
             with reading(f"{file}: {place}"):
-                photo = photos.setdefault(row[table.fieldnames[0]], Annotation(file, row[table.fieldnames[0]], None))
+                photo = photos.setdefault(row[name], Annotation(file, row[name], None))
                 if row[runs] is None:
                     raise ValueError("it ends too early")
                 if row[runs].strip() not in ("", "-1", "nan"):
@@ -367,8 +373,7 @@ def write_labelme(path: Path, mask: np.ndarray, photo: Path, label: str, min_are
         "imageWidth": mask.shape[1],
     }
     with saving(path) as temporary:
-        text = json.dumps(content | {"predicted": digest(content)}, ensure_ascii=False)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(json.dumps(content | {"predicted": digest(content)}), encoding="utf-8")
     return True
 
 

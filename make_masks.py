@@ -154,7 +154,11 @@ def choose_labels(annotations: list[Annotation], wanted: list[str], ignored: lis
         raise UserError(f"{annotations[0].file} and the others hold no shapes with an area: outline the objects")
     if unknown := [label for label in (*wanted, *ignored) if label not in counts]:
         raise UserError(f"no shape is labelled {unknown[0]}: choose from {listed}")
+    if both := set(wanted) & set(ignored):
+        raise UserError(f"{both.pop()} is given as --label and as --ignore-label: choose one of them")
     labels = wanted or [label for label in counts if label not in ignored]
+    if not labels:
+        raise UserError(f"every label is ignored ({listed}): leave one for the object")
     if len(labels) != 1 and not wanted:
         raise UserError(f"there are the labels {listed}: choose with --label, which may be given more than once")
     return labels
@@ -238,13 +242,15 @@ def plain(text: str) -> str:
 
 def check_ours(folder: Path) -> None:
     """Raises UserError where there are files that make_masks.py did not write, or masks that were changed since."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --output-dir")
     known = {}
     if (folder / MANIFEST).is_file():
         with reading(folder / MANIFEST):
             known = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST and (name not in known or known[name] not in (None, checksum(path))):
+        name, is_hidden = path.relative_to(folder).as_posix(), path.name.startswith((".", "Thumbs.db"))
+        if path.is_file() and name != MANIFEST and not is_hidden and known.get(name) != checksum(path):
             raise UserError(f"{path} was not written by make_masks.py, or changed since: choose another --output-dir")
 
 
@@ -275,8 +281,8 @@ def make(annotations: list[Annotation], photos: list[Path | None], args: argpars
                 "would take void for the object: add --skip-empty, or leave it out"
             )
         shutil.rmtree(folder / "embedded")
-        manifest = {f"images/{path.name}": None for path in sorted((folder / "images").iterdir())}
-        manifest |= {f"masks/{path.name}": checksum(path) for path in sorted((folder / "masks").iterdir())}
+        written = sorted((*(folder / "images").iterdir(), *(folder / "masks").iterdir()))
+        manifest = {path.relative_to(folder).as_posix(): checksum(path) for path in written}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         args.output_dir.parent.mkdir(parents=True, exist_ok=True)
         if args.output_dir.exists():
@@ -319,6 +325,8 @@ def main(argv: list[str] | None = None) -> None:
         predictions = sum(annotation.is_prediction for annotation in annotations)
         if args.corrected:
             annotations = [annotation for annotation in annotations if not annotation.is_prediction]
+            if not annotations:
+                raise UserError("none of these files was saved in LabelMe: correct some, or leave out --corrected")
         args.label = choose_labels(annotations, args.label, args.ignore_label)
         args.output_dir = args.output_dir or Path("_".join(("masks_of", *map(plain, args.label))))
         matched = match(annotations, photos)

@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         if file:
             options["pretrained_cfg_overlay"] = {"state_dict": read_weights(self.name, file)}
         else:
-            print(f"The weights of {self.name} are downloaded, unless an earlier run has done so.", flush=True)
+            print(f"Downloading the weights of {self.name}, unless an earlier run has: a minute or so.", flush=True)
         try:
             trained = timm.create_model(self.name, **options)
         except Exception as error:  # what timm downloads with raises many kinds
@@ -131,6 +131,8 @@ def timm_with(name: str) -> ModuleType:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models()) or ["resnet34", "convnext_tiny"]
         raise UserError(f"timm {timm.__version__} has no encoder {name!r}: set ENCODER to {' or '.join(close)}")
+    if (family := name.partition(".")[0]) != name and name not in (known := timm.list_pretrained(f"{family}.*")):
+        raise UserError(f"timm has no weights {name!r}: set ENCODER to {' or '.join(known) or family}")
     for package in ("timm", "huggingface_hub"):  # which warn of the classifier's weights, and of each of 12 tries
         logging.getLogger(package).setLevel(logging.ERROR)
     return timm
@@ -143,11 +145,14 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
         weights = timm.models.load_state_dict(file, weights_only=True)
         shapes = {name: weight.shape for name, weight in weights.items()}
     except Exception as error:  # files of other kinds raise many kinds
-        raise UserError(f"ENCODER_WEIGHTS: {file} is damaged or holds no weights: download it again") from error
+        raise UserError(f"ENCODER_WEIGHTS: {file} is damaged, or no state dict: download it again") from error
     with torch.device("meta"):
         wanted = timm.create_model(name, num_classes=0)
-    if any(shapes.get(name) != weight.shape for name, weight in wanted.named_parameters()):
+    needed = {key: weight.shape for key, weight in wanted.state_dict().items() if "num_batches_tracked" not in key}
+    if not needed.items() <= shapes.items():
         raise UserError(f"ENCODER_WEIGHTS: {file} holds another network than ENCODER {name}: give that one's weights")
+    if not all(weights[key].isfinite().all() for key in needed):
+        raise UserError(f"ENCODER_WEIGHTS: {file} holds weights that are nan or infinite: download it again")
     return weights
 
 
@@ -238,13 +243,6 @@ class UNet(nn.Module):
     def start_from(self, foreground: float) -> None:
         """Makes the first prediction this share of foreground, 0 to 1, for every pixel."""
         nn.init.constant_(self.head.bias, math.log(foreground / (1 - foreground)))
-
-    def start_with(self, checkpoint: dict) -> None:
-        """Takes the weights of a checkpoint of train.py. Raises UserError if they are another network's."""
-        before, now = (config.get("encoder") or config["features"] for config in (checkpoint["model"], self.config))
-        if before != now:
-            raise UserError(f"START_FROM is of {before}, not of {now}: set FEATURES or ENCODER to what it is of")
-        self.load_state_dict(checkpoint["state_dict"])
 
     def fold_batch_norm(self) -> None:
         """Makes BatchNorm a part of the convolutions, for prediction: 12 % faster. Needs eval mode."""

@@ -15,7 +15,10 @@ FAR = 1e7  # pixels: a coordinate beyond is a mistake
 
 def ring_of(points: Iterable) -> np.ndarray:
     """Corners, float64 (n, 2), from pairs or from x, y, x, y, ... Raises ValueError for nan and what is far away."""
-    ring = np.array(list(points), np.float64).reshape(-1, 2)
+    try:
+        ring = np.array(list(points), np.float64).reshape(-1, 2)
+    except (TypeError, ValueError) as error:
+        raise ValueError("its corners are not pairs of numbers") from error
     if not (np.abs(ring) < FAR).all():
         raise ValueError("a coordinate is no number, or far away from the photo")
     return ring

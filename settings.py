@@ -87,14 +87,13 @@ def check_settings(s: SimpleNamespace) -> None:
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) else 1
     smallest = 64 if s.encoder else max(16, multiple)
     side = lambda v: v >= smallest  # noqa: E731
-    is_file = lambda v: v is None or (s.encoder and (s.load_model or Path(v).is_file()))  # noqa: E731
     parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
     check_ranges(s, (
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
         ("image_height", int, side, f"a whole number, at least {smallest}"),
         ("image_width", int, side, f"a whole number, at least {smallest}"),
         ("encoder", str | None, lambda v: v != "", 'the name of a network of timm, such as "resnet34", or to None'),
-        ("encoder_weights", str | None, is_file, "a file with the weights of ENCODER, or to None"),
+        ("encoder_weights", str | None, lambda v: v != "", "a file with the weights of ENCODER, or to None"),
         ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)),
          "labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to None"),
         ("mask_suffix", str, lambda v: not v.lower().endswith(SUFFIXES),
@@ -120,11 +119,32 @@ def check_settings(s: SimpleNamespace) -> None:
     ))  # fmt: skip
     if not s.encoder and s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
         raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
+    if s.encoder_weights and not s.encoder:
+        raise UserError("ENCODER_WEIGHTS is set, but ENCODER is None: set both or none of them")
+    if s.encoder_weights and not (s.load_model or s.start_from or Path(s.encoder_weights).is_file()):
+        raise UserError(f"ENCODER_WEIGHTS: {s.encoder_weights} is no file: correct the path")
     for setting in ("train_img_dir", "train_mask_dir", "val_img_dir", "val_mask_dir"):
         if Path(s.saved_images_dir).resolve() == Path(getattr(s, setting)).resolve():
             raise UserError(f"SAVED_IMAGES_DIR is {setting.upper()}, where it could overwrite files: choose another")
     check_writable(Path(s.checkpoint).parent, "CHECKPOINT")
     check_writable(Path(s.saved_images_dir), "SAVED_IMAGES_DIR")
+
+
+def check_start(checkpoint: dict, s: SimpleNamespace) -> None:
+    """Prints what START_FROM begins with. Raises UserError where it is another network than that of the settings."""
+    config, before = checkpoint["model"], checkpoint["preprocessing"]
+    for name, own, wanted in (
+        ("ENCODER", config.get("encoder"), s.encoder),
+        ("FEATURES", None if s.encoder else tuple(config.get("features") or ()), None if s.encoder else s.features),
+    ):
+        if own != wanted:
+            raise UserError(f"{s.start_from} has {name} = {own}, but it is {wanted} here: set {name} to {own}")
+    rows = checkpoint.get("history")
+    dice = f", Dice {rows[-1]['dice']:.4f}" if rows else ""
+    print(f"Starting from {s.start_from} (epoch {checkpoint.get('epoch')}{dice}), with 0.3 of LEARNING_RATE.")
+    for name in ("mean", "std"):
+        if tuple(before[name]) != tuple(getattr(s, name)):
+            print(f"{name.upper()} was {before[name]} there and is {getattr(s, name)} here.")
 
 
 def advise_on_epochs(s: SimpleNamespace, photos: int, seconds: float) -> None:

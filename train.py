@@ -31,7 +31,7 @@ from model import UNet, encoder_normalisation, update_batch_norm
 from optimizer import Muon, muon_groups
 from report import Report, save_train_batch
 from sample_data import use_sample_if_empty
-from settings import advise_on_epochs, check_settings, parse_settings
+from settings import advise_on_epochs, check_settings, check_start, parse_settings
 
 # Your data.
 TRAIN_IMG_DIR = "data/train_images"
@@ -324,6 +324,7 @@ def train(s: SimpleNamespace) -> None:
         s.start_from = checkpoint["settings"].get("start_from")  # it goes on as it began
     elif s.start_from:
         start = distributed.broadcast_object(utils.load_checkpoint, Path(s.start_from))
+        check_start(start, s)
     train_loader, val_loader = load_data(s, device, rule_from(checkpoint and checkpoint["rule"]))
     train_set, val_set = train_loader.dataset, val_loader.dataset
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set))
@@ -333,7 +334,7 @@ def train(s: SimpleNamespace) -> None:
     if checkpoint:
         state.load_state_dict(utils.adapted(checkpoint, header))
     elif start:
-        state.model.start_with(start)
+        state.model.load_state_dict(start["state_dict"])
     elif s.encoder:
         state.model.encoder.load_pretrained(s.encoder_weights)
 

@@ -258,7 +258,9 @@ def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
     if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
         raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
     before = vars(s) | {"encoder": None} | checkpoint["settings"]  # an older checkpoint lacks newer settings
-    fixed = ("features", "encoder", "image_height", "image_width", "mean", "std", "foreground_values")
+    network = "encoder" if s.encoder or before["encoder"] else "features"  # another encoder has its own MEAN, too
+    others = ("image_height", "image_width", "mean", "std", "foreground_values")
+    fixed = (network, *others) if before["encoder"] == s.encoder else (network,)
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
         raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
     if checkpoint["epoch"] >= s.num_epochs:

@@ -218,16 +218,31 @@ def test_a_damaged_file_of_weights(pretrained, run_train):
     for damaged in (whole[: len(whole) // 2], b"", b"no weights"):
         path.write_bytes(damaged)
         message = refusal(run_train, "--encoder", "test_resnet", "--encoder-weights", str(path))
-        assert message == "ENCODER_WEIGHTS: test_resnet.pth is damaged or holds no weights: download it again"
+        assert message == "ENCODER_WEIGHTS: test_resnet.pth is damaged, or no state dict: download it again"
     torch.save([1, 2], path)
-    assert "holds no weights" in refusal(run_train, "--encoder", "test_resnet", "--encoder-weights", str(path))
+    assert "no state dict" in refusal(run_train, "--encoder", "test_resnet", "--encoder-weights", str(path))
 
 
 def test_a_file_of_weights_that_does_not_exist(project, run_train):
     message = refusal(run_train, "--encoder", "test_resnet", "--encoder-weights", "nowhere.pth")
-    assert message == "ENCODER_WEIGHTS is 'nowhere.pth': set it to a file with the weights of ENCODER, or to None"
+    assert message == "ENCODER_WEIGHTS: nowhere.pth is no file: correct the path"
     Path("weights.pth").touch()
-    assert "ENCODER_WEIGHTS is 'weights.pth'" in refusal(run_train, "--encoder-weights", "weights.pth")  # no ENCODER
+    assert "is set, but ENCODER is None" in refusal(run_train, "--encoder-weights", "weights.pth")
+
+
+def test_a_name_with_a_tag_that_does_not_exist(project, run_train):
+    message = refusal(run_train, "--encoder", "resnet34.nosuchtag")
+    assert message.startswith("timm has no weights 'resnet34.nosuchtag': set ENCODER to resnet34.")
+
+
+def test_weights_that_lack_statistics_or_are_nan(pretrained, run_train):
+    file = pretrained["test_resnet"]
+    whole = torch.load(file)
+    torch.save({name: weight for name, weight in whole.items() if "running" not in name}, file)
+    assert "holds another network than ENCODER test_resnet" in refusal(run_train, *flags("test_resnet"))
+    first = next(iter(whole))
+    torch.save(whole | {first: whole[first] * torch.nan}, file)
+    assert "holds weights that are nan or infinite" in refusal(run_train, *flags("test_resnet"))
 
 
 def test_a_size_below_64(project, run_train):

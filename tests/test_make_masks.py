@@ -584,3 +584,43 @@ def test_a_label_that_is_a_path_stays_in_the_folder(folder):
     write("photos/a.json", labelme_file([{"label": "../../evil\n", "points": CAR}]))
     make("photos")
     assert Path("masks_of_.._.._evil/masks/a_mask.png").exists()
+
+
+def test_a_file_in_the_place_of_the_output_and_retouched_photos_are_not_lost():
+    write_labelme()
+    write("thesis.txt", "precious")
+    photo("photos/a.jpg")
+    assert "thesis.txt is a file" in error_of("photos", "--label", "car", "--output-dir", "thesis.txt")
+    make("photos", "--label", "car")
+    Path("masks_of_car/images/.DS_Store").write_text("the Finder's")
+    make("photos", "--label", "car")
+    photo("retouched.jpg")
+    Path("retouched.jpg").replace("masks_of_car/images/a.jpg")
+    assert "images/a.jpg was not written by make_masks.py, or changed" in error_of("photos", "--label", "car")
+
+
+def test_sizes_that_are_floats_and_two_images_of_one_id():
+    content = coco_file({"segmentation": [flat(CAR)]})
+    content["images"][0]["height"] = float(SIZE[0])
+    write("photos/instances.json", content)
+    photo("photos/a.jpg")
+    make("photos")
+    np.testing.assert_array_equal(mask_of("a") > 0, inside(CAR))
+    write("photos/instances.json", content | {"images": content["images"] * 2})
+    assert "image 7 cannot be read (there are two of this id)" in error_of("photos")
+
+
+def test_labels_that_are_both_or_all_ignored():
+    write_labelme()
+    photo("photos/a.jpg")
+    message = error_of("photos", "--label", "car", "--ignore-label", "car")
+    assert "car is given as --label and as --ignore-label" in message
+    assert "every label is ignored" in error_of("photos", "--ignore-label", "car", "--ignore-label", "van")
+
+
+def test_a_table_whose_first_column_is_a_number():
+    photo("photos/a.jpg")
+    runs = rle_encode(inside(CAR))
+    write("photos/masks.csv", f",img,rle_mask\n0,a.jpg,{runs}\n")
+    make("photos")
+    np.testing.assert_array_equal(mask_of("a", "masks_of_object") > 0, inside(CAR))

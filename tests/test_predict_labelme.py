@@ -12,6 +12,7 @@ from PIL import Image
 import make_masks
 import predict
 from annotations import write_labelme
+from decoding import UserError
 from metrics import uncertain_share
 from polygons import outlines, polygon_mask
 
@@ -185,3 +186,15 @@ def test_a_file_of_another_folder_names_its_photo_from_there(tmp_path):
     assert write_labelme(tmp_path / "x/y/ä.json", drawn("all"), tmp_path / "z/ä.jpg", "Straße", 0)
     content = json.loads((tmp_path / "x/y/ä.json").read_text(encoding="utf-8"))
     assert content["imagePath"] == "../../z/ä.jpg" and content["shapes"][0]["label"] == "Straße"
+
+
+def test_a_photo_whose_name_is_no_text_gets_its_file(photos):
+    photos[0].rename(photos[0].with_name("caf\udce9.jpg"))
+    run("data/val_images", "--labelme")
+    assert json.loads(Path("predictions/caf\udce9.json").read_text())["imagePath"].endswith("caf\udce9.jpg")
+
+
+def test_corrected_files_without_a_corrected_one_are_named(photos):
+    run(*photos[:2], "--labelme", "--threshold", "0.01")
+    with pytest.raises(UserError, match="none of these files was saved in LabelMe"):
+        make_masks.main(["predictions", "--corrected"])

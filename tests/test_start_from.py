@@ -25,9 +25,9 @@ def test_a_new_run_begins_with_the_weights(project, run_train):
 def test_another_network_is_refused(project, run_train):
     run_train("--num-epochs", "1")
     flags = ["--image-height", "64", "--image-width", "64", "--start-from", "my_checkpoint.pth.tar"]
-    with pytest.raises(UserError, match=r"START_FROM is of \[8, 16\], not of \[8, 24\]: set FEATURES or"):
+    with pytest.raises(UserError, match=r"has FEATURES = \(8, 16\), but it is \(8, 24\) here: set FEATURES to"):
         run_train(*flags, "--features", "8", "24")
-    with pytest.raises(UserError, match=r"START_FROM is of \[8, 16\], not of test_resnet: set FEATURES or"):
+    with pytest.raises(UserError, match="has ENCODER = None, but it is test_resnet here: set ENCODER to None"):
         run_train(*flags, "--encoder", "test_resnet")
     with pytest.raises(UserError, match="nowhere does not exist"):
         run_train("--start-from", "nowhere")
