@@ -82,15 +82,13 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
             pair = gr.ImageSlider(label="Photo | cut-out", max_height=420, buttons=["fullscreen"], elem_id="pair")
         with gr.Row():
             small = [reduced(path, model, 240) for path in examples]
-            gallery = gr.Gallery(
-                small, label="Examples", columns=4, height=170, allow_preview=False, visible=bool(small), buttons=[]
-            )
+            look = {"columns": 4, "height": 170, "allow_preview": False, "buttons": [], "visible": bool(small)}
+            gallery = gr.Gallery(small, label="Examples", **look)
             with gr.Column():
                 threshold = gr.Slider(0.01, 0.99, 0.5, step=0.01, label="Threshold")
                 is_coloured, colour = gr.Checkbox(label="On this colour:"), gr.ColorPicker("#1d9a8a", label="Colour")
                 button, file = gr.Button("Download PNG"), gr.DownloadButton(visible="hidden", elem_id="file")
-        choices = [threshold, is_coloured, colour]
-        results = [kept, photo, pair]
+        choices, results = [threshold, is_coloured, colour], [kept, photo, pair]
         photo.upload(take, [photo, *choices], results).failure(lambda: (None, None, None), None, results)
         photo.clear(lambda: (None, None), None, [kept, pair], queue=False)
         gallery.select(take_example, choices, results)

@@ -28,7 +28,7 @@ from dataset import CarvanaDataset, describe
 from decoding import Rule, UserError, rule_from
 from device import Device, choose_device, choose_num_workers, compiled_and_parallel, memory_errors, tune
 from model import UNet, encoder_normalisation, update_batch_norm
-from optimizer import Muon, muon_groups
+from optimizer import Muon, muon_groups, restore
 from report import Report, save_train_batch
 from sample_data import use_sample_if_empty
 from settings import advise_on_epochs, check_settings, check_start, parse_settings
@@ -142,15 +142,7 @@ class State:
 
     def load_state_dict(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["state_dict"])
-        todays = [dict(group, params=None) for group in self.optimizer.param_groups]
-        try:
-            if (before := checkpoint["optimizer_name"]) != (now := type(self.optimizer).__name__):
-                raise ValueError(f"{before}, not {now}")
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError as error:
-            raise UserError(f"the checkpoint is of another optimizer ({error}): use that one, or train anew") from error
-        for group, options in zip(self.optimizer.param_groups, todays, strict=True):
-            group |= options | {name: group[name] for name in ("params", "lr")}  # today's LEARNING_RATE and so on
+        restore(self.optimizer, checkpoint["optimizer_name"], checkpoint["optimizer"])
         if checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.history, self.photo_dice, self.best = (checkpoint[name] for name in ("history", "photo_dice", "best"))
@@ -310,12 +302,11 @@ def load_data(s: SimpleNamespace, device: Device, rule: Rule | None) -> tuple[Da
     return utils.get_loaders(train_set, val_set, s.batch_size, workers, device.device.type == "cuda", s.seed)
 
 
-def train(s: SimpleNamespace) -> None:
-    """A whole run with the settings s, the constants by their lower-case names."""
-    if s.encoder:
-        s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)
-    device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
-    tune(device)
+def prepare(s: SimpleNamespace, device: Device) -> tuple[State, dict, DataLoader, DataLoader, Report | None]:
+    """What a run begins with: its state, the header of its checkpoints, the loaders, and the report.
+
+    The weights are a checkpoint's, a pretrained encoder's, or random. Before a new run, older checkpoints are renamed.
+    """
     # Of several machines' torchruns only the one whose process has died counts the restart
     is_restart = distributed.all_reduce_max(distributed.RESTARTS) > 0
     checkpoint = distributed.broadcast_object(utils.checkpoint_to_continue, s, is_restart)
@@ -337,10 +328,19 @@ def train(s: SimpleNamespace) -> None:
         state.model.load_state_dict(start["state_dict"])
     elif s.encoder:
         state.model.encoder.load_pretrained(s.encoder_weights)
-
-    report = distributed.RANK == 0 and Report(s, train_set, val_set)
+    report = Report(s, train_set, val_set) if distributed.RANK == 0 else None
     if not checkpoint and distributed.RANK == 0:
         utils.set_aside(Path(s.checkpoint))
+    return state, header, train_loader, val_loader, report
+
+
+def train(s: SimpleNamespace) -> None:
+    """A whole run with the settings s, the constants by their lower-case names."""
+    if s.encoder:
+        s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)
+    device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
+    tune(device)
+    state, header, train_loader, val_loader, report = prepare(s, device)
     with utils.CheckpointWriter() as writer, report or nullcontext(), distributed.signals_wait():
         print(f"Training on {device}, {s.batch_size} images a step.")
         print("epoch  train_loss  val_loss  pixel_accuracy    dice     iou  seconds")
@@ -361,7 +361,7 @@ def train(s: SimpleNamespace) -> None:
                     + "  best" * is_best
                 )
                 if len(state.history) == 1:
-                    advise_on_epochs(s, len(train_set), state.history[0]["seconds"])
+                    advise_on_epochs(s, len(train_loader.dataset), state.history[0]["seconds"])
         except distributed.Stopped as stopped:
             if not state.history and not state.epoch.images:
                 print(f"Stopped by {stopped} before the first step: nothing was saved.")
