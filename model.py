@@ -177,7 +177,7 @@ class UNet(nn.Module):
             has twice the last stage's channels. The default has 31 million weights.
         checkpointing: whether training keeps no activations within a DoubleConv or an encoder, but computes them again
             when it needs them: less memory, a third more time, the same weights (BatchNorm counts a batch twice).
-        encoder: the name of a network of timm that takes the place of the way down, for images of three channels; its
+        encoder: the name of a network of timm that takes the place of the U-Net's own, for images of three channels; its
             features then give the stages their channels. encoder.load_pretrained() makes it worth having.
 
     UNet(**model.config) builds the same network again.
@@ -225,14 +225,14 @@ class UNet(nn.Module):
         if height % self.multiple or width % self.multiple:  # every stage is to halve without a remainder
             x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
 
-        *skips, x = self.run(self.encoder, x) if self.encoder else self.way_down(x)
+        *skips, x = self.run(self.encoder, x) if self.encoder else self.encode(x)
         for up, up_conv in zip(self.ups, self.up_convs, strict=True):
             x, skip = up(x), skips.pop()
             x = self.run(up_conv, x if skip is None else torch.cat((skip, x), dim=1))
 
         return self.head(x)[..., :height, :width]
 
-    def way_down(self, x: Tensor) -> list[Tensor]:
+    def encode(self, x: Tensor) -> list[Tensor]:
         """The output of each stage, from full size down, and the bottleneck's."""
         outputs = []
         for down in self.downs:

@@ -46,7 +46,7 @@ CACHE_DIR: str | None = "data/cache"  # for decoded photos, 4 bytes a pixel; Non
 IMAGE_HEIGHT = 160  # pixels, at least 16; Carvana's photos are 1280
 IMAGE_WIDTH = 240  # pixels, at least 16; Carvana's photos are 1918
 FEATURES = (64, 128, 256, 512)  # channels of each stage; (16, 32, 64, 128) is 16 times faster and less exact
-ENCODER: str | None = None  # a pretrained network of timm for the way down, such as "resnet34": learns from few photos
+ENCODER: str | None = None  # a pretrained network of timm as encoder, such as "resnet34": learns from few photos
 ENCODER_WEIGHTS: str | None = None  # a file of its weights; None downloads them
 
 # The recipe.

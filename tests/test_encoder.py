@@ -1,4 +1,4 @@
-"""A pretrained network on the way down. timm's own small test networks stand in for those that people use."""
+"""A pretrained network as the encoder. timm's own small test networks stand in for those that people use."""
 
 import os
 import signal
