@@ -177,8 +177,9 @@ class UNet(nn.Module):
             has twice the last stage's channels. The default has 31 million weights.
         checkpointing: whether training keeps no activations within a DoubleConv or an encoder, but computes them again
             when it needs them: less memory, a third more time, the same weights (BatchNorm counts a batch twice).
-        encoder: the name of a network of timm that takes the place of the U-Net's own, for images of three channels; its
-            features then give the stages their channels. encoder.load_pretrained() makes it worth having.
+        encoder: the name of a network of timm that takes the place of the U-Net's own, for images of three channels and
+            64 pixels or more; its features give the stages their channels. encoder.load_pretrained() makes it worth
+            having.
 
     UNet(**model.config) builds the same network again.
     """
