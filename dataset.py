@@ -1,7 +1,8 @@
-"""Files -> samples: decodes pairs of images and masks once, and serves them as CarvanaDataset."""
+"""Files -> samples: decodes pairs of images and masks once, serves them as CarvanaDataset, and puts them in order."""
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -11,30 +12,47 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import copy as shallow_copy
 from dataclasses import asdict
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+import distributed
 from augmentation import Step, augment
-from decoding import VOID, Note, Rule, UserError, decode_image, decode_mask, opened, rule_from, value_shares
+from decoding import (
+    VOID,
+    Note,
+    Rule,
+    Size,
+    UserError,
+    decode_image,
+    decode_mask,
+    image_size,
+    resized,
+    rule_from,
+    value_shares,
+)
 from pairing import MASK_SUFFIX, files_in, find_pairs, passed_over
 
 NUM_THREADS = os.cpu_count() or 1  # that decode and draw side by side: Pillow and OpenCV release the GIL
 LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on at original size, which bounds the memory
 ONE_AT_A_TIME = threading.Lock()
-DECODER = 3  # part of the cache's key: raise it when decoding changes
+DECODER = 4  # part of the cache's key: raise it when decoding changes
 
 # What is known of a pair: the photo's original size; the shares of foreground in the known part of the sample's mask,
-# of foreground along its edge, and of void; a checksum of the sample's image.
+# of foreground along its edge, and of void; a checksum of the sample's image; some of its foreground's pixels, counted
+# row by row, or -1 where there is none.
+PLACES = 64
 INFO = np.dtype(
-    [("height", "i8"), ("width", "i8"), ("foreground", "f8"), ("border", "f8"), ("void", "f8"), ("checksum", "i8")]
-)
+    [("height", "i8"), ("width", "i8"), ("foreground", "f8"), ("border", "f8"), ("void", "f8"), ("checksum", "i8"),
+     ("places", "i4", PLACES)]
+)  # fmt: skip
 
 
 @contextmanager
@@ -80,12 +98,11 @@ def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: 
 
 def large_ones_wait(path: Path) -> AbstractContextManager:
     """Lets one large photo at a time be worked on."""
-    with opened(path) as header:
-        return ONE_AT_A_TIME if header.width * header.height > LARGE else nullcontext()
+    return ONE_AT_A_TIME if math.prod(image_size(path)) > LARGE else nullcontext()
 
 
 def read_sample(
-    image_path: Path, mask_path: Path, size: tuple[int, int], rule: Rule | None = None
+    image_path: Path, mask_path: Path, size: Size, rule: Rule | None = None
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int], Note]:
     """Decodes a pair by a rule, or by what its files alone suggest.
 
@@ -109,27 +126,32 @@ def info_of(image: np.ndarray, mask: np.ndarray, own_size: tuple[int, int]) -> t
     border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     void = float((mask == VOID).mean())
     foreground = float((mask == 1).mean()) / (1 - void) if void < 1 else 0.0
-    return (*own_size, foreground, float((border == 1).mean()), void, zlib.crc32(image))
+    places = np.flatnonzero(mask == 1) if foreground else np.array([-1])
+    places = places[np.linspace(0, len(places) - 1, PLACES).astype(int)].tolist()
+    return (*own_size, foreground, float((border == 1).mean()), void, zlib.crc32(image), places)
 
 
 class CarvanaDataset(Dataset):
-    """Images with binary masks, decoded to one size by one rule; augmentation depends on (seed, epoch, position) alone.
+    """Images with binary masks, decoded by one rule; augmentation depends on (seed, epoch, position) alone.
 
     Args:
         image_dir, mask_dir, mask_suffix: folders whose files pair as find_pairs says.
-        size: (height, width) of every sample.
+        size: (height, width) of every sample, or its share of its photo's.
         augmentation: what augmentation.augment is to do with each sample, a list of (probability, step).
         seed: of the augmentation.
     """
 
-    def __init__(self, image_dir: Path, mask_dir: Path, size: tuple[int, int],
+    def __init__(self, image_dir: Path, mask_dir: Path, size: tuple[int, int] | float,
                  augmentation: list[tuple[float, Step]] = (), seed: int = 0,
                  mask_suffix: str = MASK_SUFFIX) -> None:  # fmt: skip
         self.image_dir, self.mask_dir = Path(image_dir), Path(mask_dir)
         self.pairs = find_pairs(self.image_dir, self.mask_dir, mask_suffix)
-        self.size, self.augmentation, self.seed = tuple(size), augmentation, seed
+        self.size, self.augmentation, self.seed = size if isinstance(size, float) else tuple(size), augmentation, seed
         self.cache_file: Path | None = None
-        self._cache: np.memmap | None = None
+        self._cache: np.ndarray | None = None
+        self._starts: list[int] = []  # of the samples in the cache, and its end
+        self.whole = self  # of a part, the set that it was taken from
+        self.shown: tuple[int, int] | None = None  # (height, width) at which pictures show a sample, if not at its own
         # Once prepared:
         self.infos: np.ndarray | None = None  # (n,) of INFO
         self.notes: list[Note] = []
@@ -153,15 +175,34 @@ class CarvanaDataset(Dataset):
             return read_sample(*self.pairs[index], self.size, self.rule)[:2]
         if self._cache is None:
             self._map_cache()
-        sample, pixels = self._cache[index], self.size[0] * self.size[1]
-        return sample[: 3 * pixels].reshape(*self.size, 3), sample[3 * pixels :].reshape(self.size)
+        size, start = self.size_of(index), self._starts[index]
+        mask, end = start + 3 * math.prod(size), start + 4 * math.prod(size)
+        return self._cache[start:mask].reshape(*size, 3), self._cache[mask:end].reshape(size)
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of a prepared sample."""
+        return resized((self.infos["height"][index], self.infos["width"][index]), self.size)
+
+    def image_of(self, index: int) -> Path:
+        """The photo that __getitem__ shows at an index."""
+        return self.pairs[index][0]
+
+    def part(self, count: int) -> "CarvanaDataset":
+        """At most `count` of the prepared pairs, evenly spaced, from the same cache."""
+        chosen = np.linspace(0, len(self.pairs) - 1, min(count, len(self.pairs))).round().astype(int)
+        part = shallow_copy(self)
+        part.infos = self.infos[chosen]
+        part.pairs, part.notes = ([rows[index] for index in chosen] for rows in (self.pairs, self.notes))
+        part._starts = [self._starts[index] for index in chosen] if self._starts else []
+        return part
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_cache": None}  # a spawned worker maps the file anew instead of receiving its contents
 
     def fingerprint(self) -> str:
         """Of the prepared pairs' names and contents: other data have another one."""
-        fields = [name for name in INFO.names if name != "void" or self.infos["void"].any()]  # as before there was void
+        optional = {"void"} if not self.infos["void"].any() else set()  # as before there was void
+        fields = [name for name in INFO.names if name not in optional | {"places"}]
         return _digest([image.name for image, _ in self.pairs], self.infos[fields].tolist())
 
     def prepare(
@@ -191,9 +232,10 @@ class CarvanaDataset(Dataset):
             self.infos = np.array([row[1] for row in self._decode_all(keys, {}, None)], INFO)
         for state, value in (("empty", 0), ("full", 1)):
             if (self.infos["foreground"] == value).all():
+                size = f"SCALE {self.size}" if isinstance(self.size, float) else "{1} x {0} pixels".format(*self.size)
                 raise UserError(
-                    f"every mask in {self.mask_dir} is {state} at {self.size[1]} x {self.size[0]} pixels: "
-                    "masks must be white on the object and black elsewhere, and objects larger than a pixel"
+                    f"every mask in {self.mask_dir} is {state} at {size}: masks must be white on the object and "
+                    "black elsewhere, and objects larger than a pixel"
                 )
 
     def _cached(self, cache_dir: Path, keys: list[tuple]) -> np.ndarray:
@@ -202,23 +244,26 @@ class CarvanaDataset(Dataset):
         place = cache_dir / _digest(DECODER, self.size, str(self.image_dir.resolve()), str(self.mask_dir.resolve()))
         data = place.with_name(f"{place.name}-{_digest(keys, self.chosen)}.samples")
         with FileLock(place.with_suffix(".lock")):  # of several processes one builds and the others wait
-            if (index := self._read_index(data)) is None or not self._suits(*index):
+            if (index := self._read_index(data)) is None or not self._suits(*index[:2]):
                 self._build(place, data, keys)
                 index = self._read_index(data)
             self.cache_file = data
             self._map_cache()
-        rule, rows = index
+        rule, rows, self._starts = index
         self.rule = self.rule or rule
         self.notes = [note for _, _, note in rows]
         return np.array([info for _, info, _ in rows], INFO)
 
-    def _read_index(self, data: Path) -> tuple[Rule, list] | None:
-        """A cache file's rule and the (key, info, note) of each row, or None if the file is not there or not whole."""
+    def _read_index(self, data: Path) -> tuple[Rule, list, list[int]] | None:
+        """A cache file's rule, the (key, info, note) of each row, and where the samples start in it.
+
+        None if the file is not there or not whole.
+        """
         try:
             index = json.loads(data.with_suffix(".json").read_text())
             rows = [(tuple(key), tuple(info), Note(**note)) for key, info, note in index["rows"]]
-            is_whole = data.stat().st_size == len(rows) * self._sample_bytes
-            return (rule_from(index["rule"]), rows) if is_whole else None
+            starts = self._starts_of([info[:2] for _, info, _ in rows])
+            return (rule_from(index["rule"]), rows, starts) if data.stat().st_size == starts[-1] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -228,7 +273,11 @@ class CarvanaDataset(Dataset):
         return all(rule.meaning(note) == wanted.meaning(note) for _, _, note in rows)
 
     def _map_cache(self) -> None:
-        self._cache = np.memmap(self.cache_file, np.uint8, mode="c").view(np.ndarray).reshape(len(self), -1)
+        self._cache = np.memmap(self.cache_file, np.uint8, mode="c").view(np.ndarray)
+
+    def _starts_of(self, own_sizes: list[tuple[int, int]]) -> list[int]:
+        """Where the samples of photos of these sizes start in the cache, and where the last one ends."""
+        return [0, *accumulate(4 * math.prod(resized(own_size, self.size)) for own_size in own_sizes)]
 
     def _build(self, place: Path, data: Path, keys: list[tuple]) -> None:
         for leftover in place.parent.glob(f"{place.name}-*.tmp"):  # of a run that was killed
@@ -236,13 +285,17 @@ class CarvanaDataset(Dataset):
         older = list(place.parent.glob(f"{place.name}-*.samples"))
         known = {}
         for path in older:
-            rule, rows = self._read_index(path) or (None, [])
-            known |= {key: (path, row, info, note, rule) for row, (key, info, note) in enumerate(rows)}
+            rule, rows, starts = self._read_index(path) or (None, [], [])
+            known |= {
+                key: (path, start, info, note, rule) for (key, info, note), start in zip(rows, starts, strict=False)
+            }
 
-        needed, free = len(self) * self._sample_bytes, shutil.disk_usage(place.parent).free
+        is_share = isinstance(self.size, float)
+        self._starts = self._starts_of([image_size(image) if is_share else self.size for image, _ in self.pairs])
+        needed, free = self._starts[-1], shutil.disk_usage(place.parent).free
         if needed > free:
             raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
-        tqdm.write(f"Caching {len(self)} pairs of {self.image_dir} in {place.parent}: {needed / 1e6:.1f} MB.")
+        tqdm.write(f"Caching {len(self.pairs)} pairs of {self.image_dir} in {place.parent}: {needed / 1e6:.1f} MB.")
         with written_whole(data) as temporary, temporary.open("wb") as file:
             rows = [(key, info, asdict(note)) for key, info, note in self._decode_all(keys, known, file)]
             os.fsync(file.fileno())
@@ -253,37 +306,42 @@ class CarvanaDataset(Dataset):
                 path.unlink()
                 path.with_suffix(".json").unlink()
 
-    @property
-    def _sample_bytes(self) -> int:
-        return self.size[0] * self.size[1] * 4
-
     def _decode_all(self, keys: list[tuple], known: dict[tuple, tuple], file: BinaryIO | None) -> list[tuple]:
         """Reads every sample, from an older cache if `known` has its key, and writes it to `file`. Settles the rule.
 
         Returns the (key, info, note) of each.
         """
 
-        def read(row: int, rule: Rule | None) -> tuple[bytes, tuple, Note]:
-            image, mask, own_size, note = read_sample(*self.pairs[row], self.size, rule)
-            return image.tobytes() + mask.tobytes(), info_of(image, mask, own_size), note
+        writing, is_share = threading.Lock(), isinstance(self.size, float)
 
-        def first(row: int) -> tuple[bytes, tuple, Note, Rule]:
+        def write(row: int, *arrays: np.ndarray) -> None:
+            if file is not None:
+                with writing:  # at once: samples that wait for their turn would pile up in memory
+                    file.seek(self._starts[row])
+                    for array in arrays:
+                        file.write(np.ascontiguousarray(array))
+
+        def read(row: int, rule: Rule | None) -> tuple[tuple, Note]:
+            with large_ones_wait(self.pairs[row][0]) if is_share else nullcontext():
+                image, mask, own_size, note = read_sample(*self.pairs[row], self.size, rule)
+                write(row, image, mask)
+                return info_of(image, mask, own_size), note
+
+        def first(row: int) -> tuple[tuple, Note, Rule]:
             if keys[row] not in known:
-                sample, info, note = read(row, self.rule)
-                return sample, info, note, self.rule or Rule.of([note])
-            path, old_row, info, note, rule = known[keys[row]]
-            start = old_row * self._sample_bytes
-            return np.fromfile(path, np.uint8, self._sample_bytes, offset=start).tobytes(), info, note, rule
+                info, note = read(row, self.rule)
+                return info, note, self.rule or Rule.of([note])
+            path, start, info, note, rule = known[keys[row]]
+            write(row, np.fromfile(path, np.uint8, self._starts[row + 1] - self._starts[row], offset=start))
+            return info, note, rule
 
         rows, rules = [], []
-        progress = tqdm(total=len(self), desc="reading", unit="pair", disable=None)
+        progress = tqdm(total=len(keys), desc="reading", unit="pair", disable=None)
         with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
-            for key, future in zip(keys, in_threads(pool, 8 * NUM_THREADS, first, zip(range(len(self)))), strict=True):
-                sample, info, note, rule = future.result()
+            for key, future in zip(keys, in_threads(pool, 8 * NUM_THREADS, first, zip(range(len(keys)))), strict=True):
+                info, note, rule = future.result()
                 rows.append((key, info, note))
                 rules.append(rule)
-                if file is not None:
-                    file.write(sample)
                 progress.update()
             self.notes = [note for _, _, note in rows]
             self.rule = self.rule or self._settled()
@@ -292,14 +350,11 @@ class CarvanaDataset(Dataset):
                 for row, (note, rule) in enumerate(zip(self.notes, rules, strict=True))
                 if rule.meaning(note) != self.rule.meaning(note)
             ]
-            progress.reset(total=len(self) + len(again))
-            progress.update(len(self))
+            progress.reset(total=len(keys) + len(again))
+            progress.update(len(keys))
             for (row, _), future in zip(again, in_threads(pool, 8 * NUM_THREADS, read, again), strict=True):
-                sample, info, note = future.result()
+                info, note = future.result()
                 rows[row] = keys[row], info, note
-                if file is not None:
-                    file.seek(row * self._sample_bytes)
-                    file.write(sample)
                 progress.update()
         return rows
 
@@ -319,6 +374,38 @@ class CarvanaDataset(Dataset):
                 "them again"
             )
         return rule
+
+
+class Batches(Sampler):
+    """Yields batches of (epoch, position, index): all images in their order, or with a seed shuffled by (seed, epoch).
+
+    Shuffled batches are full: the order continues with its own beginning. Others end with what is left.
+    Under torchrun: this process's shard, which repeats an image where others have one more; that one does not count.
+
+    Set `epoch`, and `start` to skip so many images.
+    """
+
+    def __init__(self, length: int, size: int, seed: int | None = None) -> None:
+        self.length, self.size, self.seed, self.epoch, self.start = length, size, seed, 0, 0
+
+    def __len__(self) -> int:
+        return -(-(self.length - self.start) // self.size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for step, batch in enumerate(self.batches()):
+            positions = range(self.start + step * self.size, self.start + step * self.size + len(batch))
+            samples = [(self.epoch, position, index) for position, index in zip(positions, batch, strict=True)]
+            mine = samples[distributed.shard(len(batch))]
+            yield mine + samples[:1] * (-(-len(batch) // distributed.WORLD_SIZE) - len(mine))
+
+    def batches(self) -> list[list[int]]:
+        """The indices of all processes' batches that are left of this epoch."""
+        order, end = np.arange(self.length), self.length
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+            end = self.start + len(self) * self.size
+        left = order[np.arange(self.start, end) % self.length].tolist()
+        return [left[start : start + self.size] for start in range(0, len(left), self.size)]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -371,7 +458,7 @@ def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
         photos = " to ".join(f"{width} x {height}" for width, height in sizes[:: max(1, len(sizes) - 1)])
         foreground, border = data.infos["foreground"], data.infos["border"]
         shares = ", ".join(f"{100 * share:.1f} %" for share in np.quantile(foreground, (0, 0.5, 1)))
-        lines.append(f"{name:5}  {len(data):5}  {photos:26}  {shares:30}  {(foreground == 0).sum():11}")
+        lines.append(f"{name:5}  {len(data.pairs):5}  {photos:26}  {shares:30}  {(foreground == 0).sum():11}")
         if foreground.max() < 0.001:
             lines.append(f"WARNING: no mask in {data.mask_dir} covers 0.1 % of its photo: are these the right masks?")
         elif foreground.min() > 0.99:

@@ -28,6 +28,9 @@ DARK = 32  # of 255: below it a mask's values are labels, or in a JPEG noise
 VOID = 255  # in a decoded mask: nobody says what is there
 
 
+Size = tuple[int, int] | float | None  # to which photos are resized: (height, width), a share of their own, or not
+
+
 class UserError(Exception):
     """Something in data, settings or a checkpoint that the user can fix; its message is one sentence that says how."""
 
@@ -181,6 +184,19 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if orientation_of(image) >= 5 else (height, width)
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image, upright, from its header. Raises UserError."""
+    with opened(path) as image:
+        return upright_size(image)
+
+
+def resized(own_size: tuple[int, int], size: Size) -> tuple[int, int]:
+    """(height, width) of an image of `own_size` that is resized to `size`."""
+    if isinstance(size, float):
+        return tuple(max(1, round(size * side)) for side in own_size)
+    return tuple(size or own_size)
+
+
 def _is_deep(image: Image.Image) -> bool:
     """Whether an image that Pillow has just opened, and not loaded, has more than 8 bits a channel."""
     return image.mode[0] in "IF" or any(re.search(";16[BLNS]", str(tile[3])) for tile in image.tile)
@@ -290,8 +306,8 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     return transform if abs(change).max() > 2 else None
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None, rule: Rule | None = None) -> np.ndarray:
-    """Decodes an image of any kind to upright RGB, uint8 (H, W, 3), resized to `size` (height, width) if that is given.
+def read_image(path: Path, size: Size = None, rule: Rule | None = None) -> np.ndarray:
+    """Decodes an image of any kind to upright RGB, uint8 (H, W, 3), resized to `size` if that is given.
 
     Transparent pixels are laid on white, unless all of them are transparent, and colours of an ICC profile become
     sRGB's. What has more than 8 bits a channel is scaled by the rule, or without one by its own range. A JPEG is
@@ -302,16 +318,17 @@ def read_image(path: Path, size: tuple[int, int] | None = None, rule: Rule | Non
 
 
 def decode_image(
-    path: Path, size: tuple[int, int] | None, rule: Rule | None = None
+    path: Path, size: Size, rule: Rule | None = None
 ) -> tuple[np.ndarray, tuple[int, int], list[float] | None, bool]:
     """The image of read_image, its own (height, width), a Note's `levels`, and whether EXIF's orientation turned it."""
     with opened(path) as image:
         is_deep = _is_deep(image)  # first: reading a PNG's orientation loads it
         own_size, is_turned, levels = upright_size(image), orientation_of(image) > 1, None
+        size = resized(own_size, size)
         profile = image.info.get("icc_profile")
         if is_deep:
             image, levels = _in_eight_bits(image, path, rule)
-        elif size:
+        else:
             for scale in (8, 4, 2):
                 if all(-(-own // scale) >= wanted for own, wanted in zip(own_size, size, strict=True)):
                     image.draft(None, (image.width // scale, image.height // scale))  # does nothing unless it is a JPEG
@@ -326,8 +343,8 @@ def decode_image(
         return np.array(image if image.mode == "RGB" else image.convert("RGB")), own_size, levels, is_turned
 
 
-def read_mask(path: Path, size: tuple[int, int] | None = None, rule: Rule | None = None) -> np.ndarray:
-    """Decodes a mask of any kind to uint8 (H, W) in {0, 1}, resized to `size` (height, width) if that is given.
+def read_mask(path: Path, size: Size = None, rule: Rule | None = None) -> np.ndarray:
+    """Decodes a mask of any kind to uint8 (H, W) in {0, 1}, resized to `size` if that is given.
 
     Its values mean what the rule says, or without one what they would in a set of this mask alone. Transparent pixels
     count as black, void as background, any colour as 1, and those of a palette that begins with black as labels.
@@ -337,9 +354,7 @@ def read_mask(path: Path, size: tuple[int, int] | None = None, rule: Rule | None
     return (decode_mask(path, size, rule)[0] == 1).astype(np.uint8)
 
 
-def decode_mask(
-    path: Path, size: tuple[int, int] | None, rule: Rule | None = None
-) -> tuple[np.ndarray, tuple[int, int], Note]:
+def decode_mask(path: Path, size: Size, rule: Rule | None = None) -> tuple[np.ndarray, tuple[int, int], Note]:
     """The mask of read_mask, uint8 (H, W) in {0, 1, VOID}, its own (height, width), and a Note of it."""
     with opened(path) as image:
         is_deep, own_size = _is_deep(image), upright_size(image)
@@ -352,7 +367,7 @@ def decode_mask(
         meaning[used] = rule.of_mask(values[used], kind, note.values is not None)
         note.is_turned = orientation_of(image) > 1
         mask = upright(cv2.LUT(codes, meaning) if codes.dtype == np.uint8 else meaning[codes], image)
-    return _resize_mask(np.asarray(mask), size, rule.has_void), own_size, note
+    return _resize_mask(np.asarray(mask), resized(own_size, size), rule.has_void), own_size, note
 
 
 def _is_lossy(image: Image.Image, path: Path) -> bool:
@@ -422,9 +437,9 @@ def _note(values: np.ndarray, counts: np.ndarray, kind: str) -> Note:
     return Note(None, kind, shares if is_listed else None, float(values.max()))
 
 
-def _resize_mask(mask: np.ndarray, size: tuple[int, int] | None, may_have_void: bool) -> np.ndarray:
+def _resize_mask(mask: np.ndarray, size: tuple[int, int], may_have_void: bool) -> np.ndarray:
     """Resizes a mask in {0, 1, VOID}: void where most of the area is, else foreground by the share of what is known."""
-    if size is None or mask.shape == tuple(size):
+    if mask.shape == size:
         return mask
     if not may_have_void or not (is_void := mask == VOID).any():
         return (np.asarray(resize(Image.fromarray(mask * np.uint8(255)), size)) > 127).astype(np.uint8)
@@ -434,9 +449,10 @@ def _resize_mask(mask: np.ndarray, size: tuple[int, int] | None, may_have_void: 
     return np.where(known < 0.5, VOID, foreground >= known / 2).astype(np.uint8)
 
 
-def resize(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
-    """Resizes to (height, width): the mean over each new pixel's area, or linear interpolation where it is enlarged."""
-    if size is None or image.size == size[::-1]:
+def resize(image: Image.Image, size: Size) -> Image.Image:
+    """Resizes to `size`: the mean over each new pixel's area, or linear interpolation where it is enlarged."""
+    size = resized(image.size[::-1], size)
+    if image.size == size[::-1]:
         return image
     if size[0] > image.height or size[1] > image.width:
         return image.resize(size[::-1], Image.Resampling.BILINEAR)

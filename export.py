@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from dataset import NUM_THREADS, in_threads, read_sample
+from crops import cut
+from dataset import NUM_THREADS, in_threads, large_ones_wait, read_sample
 from decoding import VOID, UserError
 from distributed import run
 from metrics import confusion, dice_scores
@@ -52,12 +53,12 @@ class Exported(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = (images - self.mean) / self.std
-        return self.network(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
+        return self.network.look(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
 
 
 def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
     """The contents of an ONNX file, whose batch is dynamic, for a network in fp32 on the CPU."""
-    images = torch.zeros(2, *model.size, 3, dtype=torch.uint8)  # of one image torch would make a constant
+    images = torch.zeros(2, *model.window, 3, dtype=torch.uint8)  # of one image torch would make a constant
     conv = torch.backends.cudnn.conv  # torch's exporter fails where its precision is not the default, on a CPU, too
     precision, conv.fp32_precision = conv.fp32_precision, "tf32"
     try:
@@ -101,13 +102,18 @@ def comparison_set(model: Predictor, settings: dict) -> tuple[np.ndarray, np.nda
         pairs = find_pairs(*folders, settings.get("mask_suffix", MASK_SUFFIX))
     except (KeyError, UserError) as error:
         print(f"The validation photos are not there ({error}): {VIEWS} drawn cars take their place.")
-        drawn = [draw_photo(0, 0, view, *model.size)[1:] for view in range(VIEWS)]
+        drawn = [draw_photo(0, 0, view, *model.window)[1:] for view in range(VIEWS)]
         return np.stack([image for image, _ in drawn]), np.stack([mask > 0 for _, mask in drawn]).astype(np.uint8)
+
+    def read(image_path: Path, mask_path: Path) -> tuple[np.ndarray, np.ndarray]:
+        with large_ones_wait(image_path):
+            image, mask, *_ = read_sample(image_path, mask_path, model.size, model.rule)
+            return cut(image, mask, np.subtract(mask.shape, model.window) // 2, model.window)
+
     chosen = pairs[:: -(-len(pairs) // PHOTOS)]
     print(f"Comparing on {len(chosen)} of the {len(pairs)} photos in {folders[0]}.")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        reading = in_threads(pool, 2 * NUM_THREADS, read_sample, ((*pair, model.size, model.rule) for pair in chosen))
-        samples = [future.result()[:2] for future in reading]
+        samples = [future.result() for future in in_threads(pool, 2 * NUM_THREADS, read, chosen)]
     return tuple(np.stack(parts) for parts in zip(*samples, strict=True))
 
 
@@ -203,7 +209,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.exists() and not is_ours(args.output):
         raise UserError(f"{args.output} was not written by export.py: move it away, or choose another --output")
 
-    metadata = {"software": SOFTWARE, "height": model.size[0], "width": model.size[1], "threshold": THRESHOLD}
+    metadata = {"software": SOFTWARE, "height": model.window[0], "width": model.window[1], "threshold": THRESHOLD}
+    if isinstance(model.size, float):
+        metadata["scale"] = model.size  # of photos, of which the file takes a part of height x width
     if checkpoint.get("history"):
         metadata["dice"] = f"{checkpoint['history'][-1]['dice']:.4f}"  # on the validation photos, in training
     content = to_onnx(model, metadata)

@@ -41,6 +41,33 @@ def image_scores(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> dict[str, Te
     }
 
 
+def soft_dice_losses(logits: Tensor, masks: Tensor, known: Tensor) -> Tensor:
+    """1 - Dice of each image, (N,), with probabilities in place of a prediction, so that it can be differentiated.
+
+    Of logits, masks and what is `known` of them, (N, 1, H, W). 1 is added to both sides of the fraction, for images
+    without foreground. V-Net's loss squares the probabilities below the line: https://arxiv.org/abs/1606.04797
+    """
+    probabilities, masks, known = (part.flatten(1) for part in (logits.sigmoid(), masks, known))
+    hits, predicted, wanted = ((part * known).sum(1) for part in (probabilities * masks, probabilities, masks))
+    return 1 - (2 * hits + 1) / (predicted + wanted + 1)
+
+
+def dice_at_thresholds(probabilities: np.ndarray, mask: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Dice of probabilities, float32 (H, W), at the thresholds 0.05, 0.1, ..., 0.95: float64 (19,).
+
+    The mask and what is `known` of it are bool (H, W).
+    """
+    counts = np.zeros((2, 21))  # of all pixels and of the foreground's, by the number of thresholds that they pass
+    for start in range(0, len(mask), 256):  # because calcHist counts in float32, and floats of a large photo are large
+        rows = slice(start, start + 256)
+        levels = np.ceil(20 * probabilities[rows]).astype(np.uint8)
+        for row, pixels in zip(counts, (known[rows], (mask & known)[rows]), strict=True):
+            row += cv2.calcHist([levels], [0], pixels.view(np.uint8), [21], [0, 21]).ravel()
+    predicted, hits = counts[:, ::-1].cumsum(1)[:, -3::-1]
+    total = predicted + counts[1].sum()
+    return np.where(total == 0, 1.0, 2 * hits / np.maximum(total, 1))
+
+
 def boundary_f1(prediction: np.ndarray, mask: np.ndarray, known: np.ndarray) -> float:
     """F1 of two masks' boundaries, bool (H, W), as far as they are `known`, bool (H, W); 1 where both have none.
 

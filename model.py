@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 import distributed
 from decoding import UserError
 from device import Device
+from tiles import slide
 
 
 def size_multiple(features: tuple[int, ...]) -> int:
@@ -180,6 +181,7 @@ class UNet(nn.Module):
         encoder: the name of a network of timm that takes the place of the U-Net's own, for images of three channels and
             64 pixels or more; its features give the stages their channels. encoder.load_pretrained() makes it worth
             having.
+        tile: (height, width) of the tiles in which it sees larger images in eval mode; None shows it whole images.
 
     UNet(**model.config) builds the same network again.
     """
@@ -191,11 +193,13 @@ class UNet(nn.Module):
         features: tuple[int, ...] = (64, 128, 256, 512),
         checkpointing: bool = False,
         encoder: str | None = None,
+        tile: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.config = {"in_channels": in_channels, "out_channels": out_channels}
         self.config |= {"encoder": encoder} if encoder else {"features": list(features)}
-        self.checkpointing = checkpointing
+        self.config |= {"tile": list(tile)} if tile else {}
+        self.checkpointing, self.tile = checkpointing, tile
 
         self.encoder = Encoder(encoder) if encoder else None
         if encoder:
@@ -222,6 +226,12 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.weight)  # so that training starts from the bias, not from noise
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tile and not self.training:
+            return slide(self.look, x, self.tile, self.multiple)
+        return self.look(x)
+
+    def look(self, x: Tensor) -> Tensor:
+        """The logits of images that the network sees as a whole."""
         height, width = x.shape[-2:]
         if height % self.multiple or width % self.multiple:  # every stage is to halve without a remainder
             x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import utils
 from annotations import write_labelme
 from dataset import NUM_THREADS, in_threads, large_ones_wait
-from decoding import VOID, Rule, UserError, decode_mask, enlarge, read_image, read_opacity, resize, rule_from
+from decoding import VOID, Rule, Size, UserError, decode_mask, enlarge, read_image, read_opacity, resize, rule_from
 from device import Device, choose_device, memory_errors
 from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
 from metrics import boundary_f1, confusion, image_scores, uncertain_share
@@ -64,19 +64,25 @@ class Photo:
 class Predictor(nn.Module):
     """A trained network and its preprocessing: uint8 RGB (N, H, W, 3) -> logits, float32 (N, H, W), both in numpy.
 
-    `size` is the (height, width) at which it was trained, `rule` what files mean, `photo_size` the (height, width) of
-    the photos that it was trained on.
+    `size` is the (height, width) at which it sees photos, or their share of the original one; `rule` what files mean;
+    `photo_size` the (height, width) of the photos that it was trained on.
     """
 
     def __init__(self, checkpoint: dict, device: Device) -> None:
         super().__init__()
-        self.size = checkpoint["preprocessing"]["height"], checkpoint["preprocessing"]["width"]
+        before = checkpoint["preprocessing"]
+        self.size: Size = before.get("scale") or (before["height"], before["width"])
         self.rule, self.photo_size = rule_from(checkpoint["rule"]), checkpoint["photo_size"]
         self.network = UNet(**checkpoint["model"]).eval()
         self.network.load_state_dict(checkpoint["state_dict"])
         self.network.fold_batch_norm()
         self.network.to(device.device, device.precision, memory_format=device.memory_format)
         self.device = device
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(height, width) of what the network sees at once."""
+        return tuple(self.network.tile or self.size)
 
     @torch.inference_mode()
     def forward(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
@@ -101,31 +107,6 @@ def predict(model: Predictor, image: np.ndarray, tta: bool = False) -> np.ndarra
     """Probabilities of the foreground, float32 (H, W), for an upright RGB image, uint8 (H, W, 3)."""
     small = np.array(resize(Image.fromarray(image), model.size))
     return enlarge(model(small[None], tta)[0], small, image)
-
-
-def predict_tiled(model: Predictor, image: np.ndarray, tile: int, tta: bool = False) -> np.ndarray:
-    """Logits float32 (H, W) for an image, uint8 (H, W, 3), of which the network sees a square of `tile` at a time.
-
-    Neighbours overlap by a quarter. In the middle half of that one fades into the other; what lies nearer to a tile's
-    edge knows too little of its surroundings, and counts for nothing. The weights of all tiles add up to 1.
-    """
-    height, width = image.shape[:2]
-    overlap = tile // 4
-
-    def weights(start: int, length: int, total: int) -> np.ndarray:
-        position = np.arange(0.5, length, dtype=np.float32)
-        before = position if start > 0 else np.inf
-        after = length - position if start + length < total else np.inf
-        return np.clip(2 * np.minimum(before, after) / overlap - 0.5, 0, 1) * np.ones(length, np.float32)
-
-    logits = np.zeros((height, width), np.float32)
-    for top in range(0, max(height - overlap, 1), tile - overlap):
-        for left in range(0, max(width - overlap, 1), tile - overlap):
-            part = np.s_[top : top + tile, left : left + tile]
-            rows, columns = logits[part].shape
-            fade = weights(top, rows, height)[:, None] * weights(left, columns, width)
-            logits[part] += fade * model(image[part][None], tta)[0]
-    return logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,7 +290,7 @@ def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:
             print(f"{kind}: {len(lonely)}, such as {lonely[0]}")
 
 
-def decode(photo: Photo, size: tuple[int, int] | None, rule: Rule | None) -> tuple[Photo, np.ndarray]:
+def decode(photo: Photo, size: Size, rule: Rule | None) -> tuple[Photo, np.ndarray]:
     with large_ones_wait(photo.path):
         return photo, read_image(photo.path, size, rule)
 
@@ -333,21 +314,21 @@ def run_network(model: Predictor, decoded: Iterator, batch_size: int, args: argp
     """
     while batch := list(islice(decoded, batch_size)):
         images = [image for _, image in batch]
-        if args.tile:
-            logits = [predict_tiled(model, image, args.tile, args.tta) for image in images]
-        else:
-            logits = model(np.stack(images + images[-1:] * (batch_size - len(images))), args.tta)
+        logits = model(np.stack(images + images[-1:] * (batch_size - len(images))), args.tta)
         for (photo, image), photo_logits in zip(batch, logits, strict=False):
             yield photo, image, photo_logits
 
 
-def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, rule: Rule | None, args: argparse.Namespace) -> tuple:
+def finish(
+    photo: Photo, image: np.ndarray, logits: np.ndarray, is_original: bool, rule: Rule | None, args: argparse.Namespace
+) -> tuple:
     """Writes all that is asked for, from the network's input, uint8 (h, w, 3), and output, float32 (h, w).
 
-    Returns the photo, its scores and its run lengths, the last two where they are asked for.
+    `is_original` says that the input has the photo's original size. Returns the photo, its scores and its run lengths,
+    the last two where they are asked for.
     """
     with large_ones_wait(photo.path):
-        full = image if args.tile and not args.size else read_image(photo.path, None, rule)
+        full = image if is_original else read_image(photo.path, None, rule)
         prediction = Prediction(photo.path, full, enlarge(logits, image, full), args)
         runs = rle_encode(prediction.mask) if args.submission else None
         for kind in args.outputs:
@@ -424,15 +405,18 @@ def load_network(args: argparse.Namespace) -> Predictor:
     multiple = 4 * model.network.multiple  # tiles are shifted by quarters, which every stage must halve
     if args.tile is not None and (args.tile < multiple or args.tile % multiple):
         raise UserError(f"--tile is {args.tile}: set it to a multiple of {multiple}, such as {8 * multiple}")
-    if args.tile and not args.size and model.photo_size:
+    is_whole = not isinstance(model.size, float)  # the network was trained on whole photos
+    if args.tile and not args.size and is_whole and model.photo_size:
         wanted = [trained / own for trained, own in zip(model.size, model.photo_size, strict=True)]
         if not all(2 / 3 <= scale <= 3 / 2 for scale in wanted):
             raise UserError(
                 f"--tile without --size shows the network photos {1 / wanted[0]:.1f} times as high and "
                 f"{1 / wanted[1]:.1f} times as wide as in training: add --size {model.size[0]} {model.size[1]}"
             )
-    if args.size or args.tile:
-        model.size = args.size and tuple(args.size)  # None leaves photos as they are
+    if args.tile:
+        model.network.tile = args.tile, args.tile
+    if args.size or (args.tile and is_whole):
+        model.size = tuple(args.size) if args.size else 1.0
     return model
 
 
@@ -451,13 +435,15 @@ def predict_all(
     """Decodes, predicts and writes, all three side by side. Returns what failed, a sentence each, and the scores."""
     failures, scores = [], []
     batches = -(-len(photos) // args.batch_size)
-    batch_size = 1 if args.tile else -(-len(photos) // max(1, batches))  # 9 photos: 5 and 4, not 8 and 1
-    threads, depth = (1, 1) if args.tile else (THREADS, THREADS + batch_size)  # photos for tiles are large: no queue
+    batch_size = -(-len(photos) // max(1, batches))  # 9 photos: 5 and 4, not 8 and 1
+    threads, depth = THREADS, THREADS + batch_size
+    if model.network.tile:  # such photos differ in size, and are large: they do not queue
+        batch_size = threads = depth = 1
     bar = utils.progress(total=len(photos), desc="predicting", unit="photo")
     with ThreadPoolExecutor(threads) as pool, bar:
         decoded = in_threads(pool, depth, decode, ((photo, model.size, model.rule) for photo in photos))
         logits = run_network(model, without_failures(decoded, failures), batch_size, args)
-        finished = in_threads(pool, depth, finish, ((*item, model.rule, args) for item in logits))
+        finished = in_threads(pool, depth, finish, ((*item, model.size == 1, model.rule, args) for item in logits))
         for photo, row, runs in without_failures(finished, failures):
             if row:
                 scores.append({"photo": str(photo.path)} | row)

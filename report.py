@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dataset import NUM_THREADS, CarvanaDataset, describe
 from decoding import VOID, UserError
-from metrics import confusion, dice_scores
+from tiles import pooled
 from utils import save_grid, save_predictions_as_imgs, saving
 
 # Colours that colour-blind people can tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color/
@@ -41,7 +41,7 @@ class Report:
 
     def __init__(self, s: SimpleNamespace, train_set: CarvanaDataset, val_set: CarvanaDataset) -> None:
         self.folder, self.data, self.settings = Path(s.saved_images_dir), val_set, vars(s)
-        self.data_report = describe(train_set, val_set)
+        self.data_report = describe(train_set, val_set.whole)
         shown = np.linspace(0, len(val_set) - 1, min(s.page_photos, len(val_set))).round().astype(int)  # evenly spaced
         self.pictures = {index: {} for index in shown.tolist()}  # of the photos on the page, by their index
         self.batches = self.photos = 0  # of the validation under way
@@ -56,8 +56,8 @@ class Report:
         if not error:
             self._end()
 
-    def begin(self, epoch: int) -> Callable[[Tensor], None] | None:
-        """Begins an epoch's pictures: returns what is to be called with the logits of each validation batch.
+    def begin(self, epoch: int) -> Callable[[Tensor, Tensor], None] | None:
+        """Begins an epoch's pictures: returns what is to be called with logits and Dice of each validation batch.
 
         Where the pictures before are not done, this epoch gets none, and a line says so. The last epoch waits for them.
         """
@@ -75,9 +75,9 @@ class Report:
             future.result()
         self.pending.clear()
 
-    def add(self, logits: Tensor) -> None:
-        """Queues the validation set's next batch for drawing: logits float32 (N, 1, H, W) on any device."""
-        batch = ((logits.sigmoid() * 255).byte().cpu().numpy(), (logits > 0).cpu().numpy())
+    def add(self, logits: Tensor, dice: Tensor) -> None:
+        """Queues the next batch for drawing: logits float32 (N, 1, H, W), and each image's Dice, on any device."""
+        batch = ((logits.sigmoid() * 255).byte().cpu().numpy(), (logits > 0).cpu().numpy(), dice.tolist())
         most = max(8, 2**30 // batch[0].nbytes)  # that wait in memory
         if len(self.pending) > most:
             self.pending[-most].result()
@@ -99,12 +99,14 @@ class Report:
         args = self.batches, copy.deepcopy(history), photo_dice.copy(), self.pending.copy()
         self.pending.append(self.threads.submit(self._draw_run, *args))
 
-    def _draw_batch(self, batch: int, first: int, probabilities: np.ndarray, predictions: np.ndarray) -> None:
+    def _draw_batch(
+        self, batch: int, first: int, probabilities: np.ndarray, predictions: np.ndarray, dice: list[float]
+    ) -> None:
         probabilities, predictions = probabilities[:, 0], predictions[:, 0]
-        images, masks = zip(*(self.data.sample(first + offset) for offset in range(len(predictions))), strict=True)
+        samples = (self.data.sample(first + offset) for offset in range(len(predictions)))
+        images, masks = zip(*(reduced(*sample, predictions.shape[1:]) for sample in samples), strict=True)
         masks, voids = np.stack(masks) == 1, np.stack(masks) == VOID
         save_predictions_as_imgs(predictions, np.where(voids, np.uint8(128), masks * np.uint8(255)), batch, self.folder)
-        dice = dice_scores(*confusion(*map(torch.from_numpy, (predictions, masks, ~voids)))[:3]).tolist()
         tiles = []
         for offset, (image, mask, void, prediction) in enumerate(zip(images, masks, voids, predictions, strict=True)):
             layer = errors(mask, prediction, void)
@@ -135,6 +137,15 @@ class Report:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
+
+
+def reduced(image: np.ndarray, mask: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A sample at `size` (height, width): foreground where any was, so that thin things stay, void where all was."""
+    if mask.shape == size:
+        return image, mask
+    rank = torch.from_numpy(np.array((1, 2), np.uint8).take(mask, mode="clip") * (mask != VOID)).float()
+    rank = pooled(rank[None, None], size)[0, 0].numpy()
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA), np.select((rank == 0, rank == 2), (VOID, 1), 0)
 
 
 def hatched(area: np.ndarray) -> np.ndarray:

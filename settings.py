@@ -86,12 +86,16 @@ def check_settings(s: SimpleNamespace) -> None:
     number, parts = (int, float), WORLD_SIZE * (s.accumulation if type(s.accumulation) is int else 1)
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) else 1
     smallest = 64 if s.encoder else max(16, multiple)
+    smallest_crop = max(64, 4 * multiple)  # because tiles overlap by a quarter, which every stage must halve
     side = lambda v: v >= smallest  # noqa: E731
     parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
     check_ranges(s, (
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
         ("image_height", int, side, f"a whole number, at least {smallest}"),
         ("image_width", int, side, f"a whole number, at least {smallest}"),
+        ("crop", tuple | None, lambda v: v is None or (len(v) == 2 and min(v) >= smallest_crop),
+         f"height and width, at least {smallest_crop}, such as (256, 256), or to None"),
+        ("scale", number, lambda v: 0 < v <= 1, "a share of the photos' own size, above 0 and at most 1"),
         ("encoder", str | None, lambda v: v != "", 'the name of a network of timm, such as "resnet34", or to None'),
         ("encoder_weights", str | None, lambda v: v != "", "a file with the weights of ENCODER, or to None"),
         ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)),
@@ -105,6 +109,7 @@ def check_settings(s: SimpleNamespace) -> None:
         ("weight_decay", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("mean", tuple, lambda v: len(v) == 3 and all(math.isfinite(c) for c in v), "three numbers"),
         ("std", tuple, lambda v: len(v) == 3 and all(0 < c < math.inf for c in v), "three numbers above 0"),
+        ("dice_weight", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("clip_norm", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("seed", int, lambda v: v >= 0, "a whole number, at least 0"),
         ("num_workers", int, lambda v: v >= -1, "a whole number, at least 0, or to -1"),
@@ -117,7 +122,9 @@ def check_settings(s: SimpleNamespace) -> None:
         ("saved_images_dir", str, bool, "a folder's name"),
         ("page_photos", int, lambda v: v >= 1, "a whole number, at least 1"),
     ))  # fmt: skip
-    if not s.encoder and s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
+    if s.scale != 1 and not s.crop:
+        raise UserError(f"SCALE is {s.scale}, but CROP is None: set CROP, such as (256, 256), or SCALE to 1")
+    if not s.encoder and s.batch_size == parts and max(s.crop or (s.image_height, s.image_width)) <= multiple:
         raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
     if s.encoder_weights and not s.encoder:
         raise UserError("ENCODER_WEIGHTS is set, but ENCODER is None: set both or none of them")
@@ -147,17 +154,17 @@ def check_start(checkpoint: dict, s: SimpleNamespace) -> None:
             print(f"{name.upper()} was {before[name]} there and is {getattr(s, name)} here.")
 
 
-def advise_on_epochs(s: SimpleNamespace, photos: int, seconds: float) -> None:
+def advise_on_epochs(s: SimpleNamespace, images: int, seconds: float) -> None:
     """Where a run has so few steps that a network learns little, prints how long 300 take; `seconds` are an epoch's.
 
     75 count as few, because the quick start has 96.
     """
-    steps = math.ceil(photos / s.batch_size)
+    steps = math.ceil(images / s.batch_size)
     if s.num_epochs * steps < 75:
         epochs = 10 * math.ceil(30 / steps)
         print(
-            f"{photos} photos: {s.num_epochs} epochs are {s.num_epochs * steps} steps; --num-epochs {epochs} takes "
-            f"about {math.ceil(epochs * seconds / 60)} min."
+            f"{images} {'crops' if s.crop else 'photos'}: {s.num_epochs} epochs are {s.num_epochs * steps} steps; "
+            f"--num-epochs {epochs} takes about {math.ceil(epochs * seconds / 60)} min."
         )
 
 

@@ -24,9 +24,11 @@ from tqdm import tqdm
 import augmentation
 import distributed
 import utils
+from crops import CropDataset, part_to_validate
 from dataset import CarvanaDataset, describe
-from decoding import Rule, UserError, rule_from
+from decoding import UserError, rule_from
 from device import Device, choose_device, choose_num_workers, compiled_and_parallel, memory_errors, tune
+from metrics import soft_dice_losses
 from model import UNet, encoder_normalisation, update_batch_norm
 from optimizer import Muon, muon_groups, restore
 from report import Report, save_train_batch
@@ -45,6 +47,8 @@ CACHE_DIR: str | None = "data/cache"  # for decoded photos, 4 bytes a pixel; Non
 # The network, and the size at which it sees photos. Larger finds finer edges; time and memory grow with the area.
 IMAGE_HEIGHT = 160  # pixels, at least 16; Carvana's photos are 1280
 IMAGE_WIDTH = 240  # pixels, at least 16; Carvana's photos are 1918
+CROP: tuple[int, int] | None = None  # height and width of crops at (nearly) full size instead: for small, thin things
+SCALE = 1.0  # with CROP, the size of photos as a share of their own
 FEATURES = (64, 128, 256, 512)  # channels of each stage; (16, 32, 64, 128) is 16 times faster and less exact
 ENCODER: str | None = None  # a pretrained network of timm as encoder, such as "resnet34": learns from few photos
 ENCODER_WEIGHTS: str | None = None  # a file of its weights; None downloads them
@@ -56,6 +60,7 @@ LEARNING_RATE = 0.05  # Muon's, at its peak after a warm-up; smaller if the loss
 WEIGHT_DECAY = 0.01  # kernels shrink by LEARNING_RATE times this in a step; larger against overfitting
 ACCUMULATION = 1  # parts in which a step's images are computed, one after the other: each needs less memory
 CLIP_NORM = 0.0  # longer gradients are cut to this norm, so that no batch outweighs the others; 0 cuts none
+DICE_WEIGHT = 0.0  # of soft Dice beside cross-entropy; in docs/crops.md it costs calibration and gains nothing
 SEED = 0  # of weights, order and augmentation
 
 # The machine.
@@ -90,11 +95,12 @@ def make_augmentation() -> list[tuple[float, augmentation.Step]]:
     ]
 
 
-def image_losses(logits: Tensor, masks: Tensor) -> Tensor:
+def image_losses(logits: Tensor, masks: Tensor, dice_weight: float = 0.0) -> Tensor:
     """Each image's loss, (N,), from float32 logits and masks (N, 1, H, W), whose void is nan and does not count."""
-    known = ~masks.isnan()
-    losses = nn.functional.binary_cross_entropy_with_logits(logits, masks.nan_to_num(), reduction="none") * known
-    return losses.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
+    known, masks = ~masks.isnan(), masks.nan_to_num()
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, masks, reduction="none") * known
+    losses = losses.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
+    return losses + dice_weight * soft_dice_losses(logits, masks, known) if dice_weight else losses
 
 
 def schedule(progress: float) -> float:
@@ -154,7 +160,7 @@ class State:
 def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int) -> State:
     """An untrained network, whose first prediction is the mean mask, and its optimizer, for epochs of `photos`."""
     torch.manual_seed(s.seed)
-    model = UNet(3, 1, s.features, s.activation_checkpointing, s.encoder)
+    model = UNet(3, 1, s.features, s.activation_checkpointing, s.encoder, s.crop)
     model.start_from(foreground)
     model.to(device.device, memory_format=device.memory_format)
     if distributed.WORLD_SIZE > 1 and device.device.type == "cuda" and s.sync_batchnorm:
@@ -182,7 +188,7 @@ def train_step(state: State, images: Tensor, masks: Tensor, device: Device, s: S
         with distributed.no_sync(state.forward, is_last=part == len(parts)):
             with device.autocast():
                 logits = state.forward(some_images)
-            loss = image_losses(logits.float(), some_masks).sum()
+            loss = image_losses(logits.float(), some_masks, s.dice_weight).sum()
             state.scaler.scale(loss / len(images)).backward()
         total += loss.detach()
     if s.clip_norm:
@@ -236,13 +242,19 @@ def train_epoch(loader: DataLoader, state: State, device: Device, s: SimpleNames
 
 
 def end_epoch(
-    train_loader: DataLoader, val_loader: DataLoader, state: State, device: Device, report: Report | None
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    state: State,
+    device: Device,
+    report: Report | None,
+    s: SimpleNamespace,
 ) -> bool:
     """Validates, and adds a row to the history; returns whether it is the best."""
     start = time.perf_counter()
     update_batch_norm(train_loader, state.model, device)
     show = report.begin(len(state.history) + 1) if report else None
-    metrics, photo_dice = utils.check_accuracy(val_loader, state.model, device, image_losses, show)
+    losses = partial(image_losses, dice_weight=s.dice_weight)
+    metrics, photo_dice = utils.check_accuracy(val_loader, state.model, device, losses, show)
     row = {
         "epoch": len(state.history) + 1,
         "train_loss": torch.stack(list(state.epoch.losses.values())).sum().item() / state.epoch.computed,
@@ -269,41 +281,17 @@ def raise_if_not_finite(state: State, loader: DataLoader) -> None:
     if len(bad) or not all(weight.isfinite().all() for weight in state.model.parameters()):
         first = bad[0].item() if len(bad) else len(starts) - 1
         loader.batch_sampler.start = starts[first]
-        names = [loader.dataset.pairs[index][0].name for index in loader.batch_sampler.batches()[0]]
+        names = [loader.dataset.image_of(index).name for index in loader.batch_sampler.batches()[0]]
         raise UserError(
             f"training diverged (loss {losses[first].item():.3g}) with {', '.join(names)}: look at these photos and "
             "their masks, or lower LEARNING_RATE; no checkpoint was changed"
         )
 
 
-def save(s: SimpleNamespace, header: dict, state: State, writer: utils.CheckpointWriter, is_best: bool = False) -> None:
-    """Queues the newest state for writing, and the best weights if these are; each rebuilds the model and its input."""
-    if distributed.RANK > 0:
-        return
-    path, newest = Path(s.checkpoint), header | state.state_dict()
-    files = [(newest, path, utils.sibling(path, ".prev"))]
-    if is_best:
-        weights = header | {name: newest[name] for name in ("state_dict", "epoch", "history")}
-        files.insert(0, (weights, utils.sibling(path, "_best"), None))
-    writer.save(files)
-
-
-def load_data(s: SimpleNamespace, device: Device, rule: Rule | None) -> tuple[DataLoader, DataLoader]:
-    """The loaders of both sets, read by the checkpoint's rule, or by the one that the training files make."""
-    with distributed.main_process_first():
-        use_sample_if_empty(s)
-    dataset = partial(CarvanaDataset, size=(s.image_height, s.image_width), mask_suffix=s.mask_suffix)
-    train_set = dataset(s.train_img_dir, s.train_mask_dir, augmentation=make_augmentation(), seed=s.seed)
-    val_set = dataset(s.val_img_dir, s.val_mask_dir)
-    train_set.prepare(s.cache_dir, rule, s.foreground_values)
-    val_set.prepare(s.cache_dir, train_set.rule)
-    print(describe(train_set, val_set))
-    workers = choose_num_workers(s.num_workers, device)
-    return utils.get_loaders(train_set, val_set, s.batch_size, workers, device.device.type == "cuda", s.seed)
-
-
-def prepare(s: SimpleNamespace, device: Device) -> tuple[State, dict, DataLoader, DataLoader, Report | None]:
-    """What a run begins with: its state, the header of its checkpoints, the loaders, and the report.
+def prepare(
+    s: SimpleNamespace, device: Device
+) -> tuple[State, utils.CheckpointWriter, DataLoader, DataLoader, Report | None]:
+    """What a run begins with: its state, what writes its checkpoints, the loaders, and the report.
 
     The weights are a checkpoint's, a pretrained encoder's, or random. Before a new run, older checkpoints are renamed.
     """
@@ -316,8 +304,18 @@ def prepare(s: SimpleNamespace, device: Device) -> tuple[State, dict, DataLoader
     elif s.start_from:
         start = distributed.broadcast_object(utils.load_checkpoint, Path(s.start_from))
         check_start(start, s)
-    train_loader, val_loader = load_data(s, device, rule_from(checkpoint and checkpoint["rule"]))
-    train_set, val_set = train_loader.dataset, val_loader.dataset
+    with distributed.main_process_first():
+        use_sample_if_empty(s)
+    size = float(s.scale) if s.crop else (s.image_height, s.image_width)
+    dataset = partial(CropDataset, crop=s.crop) if s.crop else CarvanaDataset
+    train_set = dataset(s.train_img_dir, s.train_mask_dir, size, make_augmentation(), s.seed, s.mask_suffix)
+    val_set = CarvanaDataset(s.val_img_dir, s.val_mask_dir, size, mask_suffix=s.mask_suffix)
+    train_set.prepare(s.cache_dir, rule_from(checkpoint and checkpoint["rule"]), s.foreground_values)
+    val_set.prepare(s.cache_dir, train_set.rule)
+    print(describe(train_set, val_set))
+    val_set = part_to_validate(val_set, s.crop)
+    workers = choose_num_workers(s.num_workers, device)
+    loaders = utils.get_loaders(train_set, val_set, s.batch_size, workers, device.device.type == "cuda", s.seed)
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set))
     header = utils.checkpoint_header(state.model, s, train_set, val_set)
     if len(set(map(str, distributed.all_gather_object(header["data"])))) > 1:
@@ -331,7 +329,7 @@ def prepare(s: SimpleNamespace, device: Device) -> tuple[State, dict, DataLoader
     report = Report(s, train_set, val_set) if distributed.RANK == 0 else None
     if not checkpoint and distributed.RANK == 0:
         utils.set_aside(Path(s.checkpoint))
-    return state, header, train_loader, val_loader, report
+    return state, utils.CheckpointWriter(Path(s.checkpoint), header), *loaders, report
 
 
 def train(s: SimpleNamespace) -> None:
@@ -340,21 +338,21 @@ def train(s: SimpleNamespace) -> None:
         s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
     tune(device)
-    state, header, train_loader, val_loader, report = prepare(s, device)
-    with utils.CheckpointWriter() as writer, report or nullcontext(), distributed.signals_wait():
+    state, writer, train_loader, val_loader, report = prepare(s, device)
+    with writer, report or nullcontext(), distributed.signals_wait():
         print(f"Training on {device}, {s.batch_size} images a step.")
         print("epoch  train_loss  val_loss  pixel_accuracy    dice     iou  seconds")
 
         def autosave() -> None:
             if distributed.RANK == 0 and writer.seconds_since_save() > 60 * s.checkpoint_minutes:
                 raise_if_not_finite(state, train_loader)
-                save(s, header, state, writer)
+                writer.save(state)
 
         try:
             while len(state.history) < s.num_epochs:
                 train_epoch(train_loader, state, device, s, autosave)
-                is_best = end_epoch(train_loader, val_loader, state, device, report)
-                save(s, header, state, writer, is_best)
+                is_best = end_epoch(train_loader, val_loader, state, device, report, s)
+                writer.save(state, is_best)
                 print(
                     "{epoch:5}  {train_loss:10.4f}  {val_loss:8.4f}  {pixel_accuracy:14.4f}  {dice:6.4f}  {iou:6.4f}"
                     "  {seconds:7.1f}".format(**state.history[-1])
@@ -368,7 +366,7 @@ def train(s: SimpleNamespace) -> None:
                 raise
             if state.epoch.losses:
                 raise_if_not_finite(state, train_loader)
-            save(s, header, state, writer)
+            writer.save(state)
             writer.wait()
             print(
                 f"Stopped by {stopped} after {len(state.history)} epochs and {state.epoch.images} images of the next, "
@@ -379,8 +377,9 @@ def train(s: SimpleNamespace) -> None:
 
     best = utils.sibling(Path(s.checkpoint), "_best")
     state.model.load_state_dict(distributed.broadcast_object(utils.load_checkpoint, best)["state_dict"])
-    full = utils.full_size_dice(val_loader, state.model, device)
+    full, threshold, highest = utils.full_size_dice(val_loader, state.model, device)
     print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' original size.")
+    print(f"On these photos the best threshold would be {threshold:g}, with {highest:.4f}.")
     print(f"The best weights are in {best}, the newest state in {s.checkpoint}.")
     print(f"Look at {Path(s.saved_images_dir, 'index.html').resolve().as_uri()}")
 
@@ -388,6 +387,7 @@ def train(s: SimpleNamespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     s = parse_settings(globals(), argv)
     check_settings(s)
+    s.image_height, s.image_width = s.crop or (s.image_height, s.image_width)  # a crop is all that the network sees
     advice = (
         f"at BATCH_SIZE {s.batch_size} and {s.image_height} x {s.image_width} pixels: halve BATCH_SIZE or double "
         "ACCUMULATION, set ACTIVATION_CHECKPOINTING = True, or halve height and width"

@@ -18,52 +18,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-from dataset import NUM_THREADS, CarvanaDataset, in_threads, large_ones_wait, written_whole
+from dataset import NUM_THREADS, Batches, CarvanaDataset, in_threads, large_ones_wait, written_whole
 from decoding import VOID, Rule, UserError, decode_mask, enlarge, read_image
 from device import Device
-from metrics import confusion, image_scores
+from metrics import confusion, dice_at_thresholds, dice_scores, image_scores
 from model import UNet
+from tiles import pooled
 
 progress = partial(tqdm, leave=False, disable=None if distributed.RANK == 0 else True)  # None: not without a terminal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loaders
-
-
-class Batches(Sampler):
-    """Yields batches of (epoch, position, index): all images in their order, or with a seed shuffled by (seed, epoch).
-
-    Shuffled batches are full: the order continues with its own beginning. Others end with what is left.
-    Under torchrun: this process's shard, which repeats an image where others have one more; that one does not count.
-
-    Set `epoch`, and `start` to skip so many images.
-    """
-
-    def __init__(self, length: int, size: int, seed: int | None = None) -> None:
-        self.length, self.size, self.seed, self.epoch, self.start = length, size, seed, 0, 0
-
-    def __len__(self) -> int:
-        return -(-(self.length - self.start) // self.size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for step, batch in enumerate(self.batches()):
-            positions = range(self.start + step * self.size, self.start + step * self.size + len(batch))
-            samples = [(self.epoch, position, index) for position, index in zip(positions, batch, strict=True)]
-            mine = samples[distributed.shard(len(batch))]
-            yield mine + samples[:1] * (-(-len(batch) // distributed.WORLD_SIZE) - len(mine))
-
-    def batches(self) -> list[list[int]]:
-        """The indices of all processes' batches that are left of this epoch."""
-        order, end = np.arange(self.length), self.length
-        if self.seed is not None:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-            end = self.start + len(self) * self.size
-        left = order[np.arange(self.start, end) % self.length].tolist()
-        return [left[start : start + self.size] for start in range(0, len(left), self.size)]
 
 
 class Loader(DataLoader):
@@ -84,13 +53,14 @@ def get_loaders(
 ) -> tuple[Loader, Loader]:
     """Loaders for training and validation, of images uint8 (N, H, W, 3) and masks uint8 (N, H, W) in {0, 1, VOID}.
 
-    Batches do not depend on num_workers.
+    Batches do not depend on num_workers. Validation photos of different sizes come one by one.
     """
     options = {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": num_workers > 0}
     options["worker_init_fn"] = distributed.ignore_signals
+    val_size = distributed.WORLD_SIZE if isinstance(val_set.size, float) else batch_size
     return (
         Loader(train_set, batch_sampler=Batches(len(train_set), batch_size, seed), **options),
-        Loader(val_set, batch_sampler=Batches(len(val_set), batch_size), **options),
+        Loader(val_set, batch_sampler=Batches(len(val_set), val_size), **options),
     )
 
 
@@ -143,7 +113,13 @@ def save_checkpoint(state: dict, path: Path, previous: Path | None = None) -> No
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread: training waits only until their tensors are copied to the host's memory."""
+    """Writes a run's checkpoints in a thread: training waits only until tensors are copied to the host's memory.
+
+    `header` begins each of them; the newest state goes to `path`, the best weights to its sibling "_best".
+    """
+
+    def __init__(self, path: Path, header: dict) -> None:
+        self.path, self.header = path, header
 
     def __enter__(self) -> "CheckpointWriter":
         self.thread, self.pending, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
@@ -152,8 +128,15 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         self.thread.shutdown()
 
-    def save(self, files: list[tuple[dict, Path, Path | None]]) -> None:
-        """Queues the arguments of save_checkpoint for writing, in order. The state is copied before this returns."""
+    def save(self, state: object, is_best: bool = False) -> None:
+        """Queues what state.state_dict() returns, which is copied now, and the best weights if these are."""
+        if distributed.RANK > 0:
+            return
+        newest = self.header | state.state_dict()
+        files = [(newest, self.path, sibling(self.path, ".prev"))]
+        if is_best:
+            weights = self.header | {name: newest[name] for name in ("state_dict", "epoch", "history")}
+            files.insert(0, (weights, sibling(self.path, "_best"), None))
         self.wait()
         self.pending = self.thread.submit(lambda copies: [save_checkpoint(*copy) for copy in copies], _copy(files, {}))
         self.saved_at = time.monotonic()
@@ -190,7 +173,7 @@ def restore_previous(path: Path) -> None:
         previous.replace(path)
 
 
-FORMAT = 4  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
+FORMAT = 5  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
 
 
 def checkpoint_header(model: UNet, s: SimpleNamespace, train_set: CarvanaDataset, val_set: CarvanaDataset) -> dict:
@@ -198,11 +181,12 @@ def checkpoint_header(model: UNet, s: SimpleNamespace, train_set: CarvanaDataset
     return {
         "format": FORMAT,
         "model": model.config,
-        "preprocessing": {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std},
+        "preprocessing": {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std}
+        | ({"scale": float(s.scale)} if s.crop else {}),
         "rule": asdict(train_set.rule),
         "photo_size": [int(np.median(train_set.infos[name])) for name in ("height", "width")],
         "settings": vars(s),
-        "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
+        "data": {"train": train_set.fingerprint(), "val": val_set.whole.fingerprint()},
     }
 
 
@@ -257,16 +241,17 @@ def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
     checkpoint = load_checkpoint(path)
     if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
         raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
-    before = vars(s) | {"encoder": None} | checkpoint["settings"]  # an older checkpoint lacks newer settings
+    newer = {"encoder": None, "crop": None, "scale": 1.0, "dice_weight": 0.0}  # settings, which older checkpoints lack
+    before = vars(s) | newer | checkpoint["settings"]
     network = "encoder" if s.encoder or before["encoder"] else "features"  # another encoder has its own MEAN, too
-    others = ("image_height", "image_width", "mean", "std", "foreground_values")
+    others = ("crop", "scale", "image_height", "image_width", "mean", "std", "foreground_values")
     fixed = (network, *others) if before["encoder"] == s.encoder else (network,)
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
         raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
     if checkpoint["epoch"] >= s.num_epochs:
         print(f"{path} has {checkpoint['epoch']} epochs already: a larger NUM_EPOCHS continues it.")
-    free = ("batch_size", "accumulation", "num_epochs", "learning_rate", "weight_decay", "clip_norm", "seed")
-    for name in (*free, "device", "precision", "num_workers"):
+    free = ("batch_size", "accumulation", "num_epochs", "learning_rate", "weight_decay", "dice_weight", "clip_norm")
+    for name in (*free, "seed", "device", "precision", "num_workers"):
         if before[name] != getattr(s, name):
             print(f"{name.upper()} was {before[name]} and is {getattr(s, name)} from here on.")
     return checkpoint
@@ -312,30 +297,39 @@ def _damage(path: Path) -> str | None:
 # Metrics
 
 
-def full_size_dice(loader: Loader, model: nn.Module, device: Device) -> float:
-    """The mean Dice over a loader's pairs at the photos' original size, as predict.py --mask-dir measures it."""
+def full_size_dice(loader: Loader, model: nn.Module, device: Device) -> tuple[float, float, float]:
+    """The mean Dice of all validation photos at their original size, as predict.py --mask-dir measures it.
+
+    Returns it at threshold 0.5, the best of 19 thresholds, and the mean Dice at that.
+    """
     model.eval()
-    data = loader.dataset
+    data, size = loader.dataset.whole, loader.batch_sampler.size
+    mine = [batch[distributed.shard(len(batch))] for batch in Batches(len(data), size).batches()]
+    depth = 1 if isinstance(data.size, float) else 2 * NUM_THREADS  # such photos are large: they do not queue
 
-    def predicted() -> Iterator[tuple[int, np.ndarray]]:
-        with_progress = progress(loader, desc="at original size", unit="batch")
-        for indices, (images, _) in zip(loader.batch_sampler.batches(), with_progress, strict=True):
+    def read(indices: list[int]) -> tuple[list[int], list[np.ndarray]]:
+        return indices, [data.sample(index)[0] for index in indices]
+
+    def predicted() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        decoded = in_threads(pool, depth, read, ((indices,) for indices in mine if indices))
+        for future in progress(decoded, desc="at original size", unit="batch", total=len(mine)):
+            indices, images = future.result()
             with torch.inference_mode(), device.autocast():
-                logits = model(device.normalised(images))
-            mine = indices[distributed.shard(len(indices))]
-            yield from zip(mine, logits[:, 0].float().cpu().numpy(), strict=False)
+                logits = model(device.normalised(torch.from_numpy(np.stack(images))))
+            yield from zip(indices, images, logits[:, 0].float().cpu().numpy(), strict=True)
 
-    def dice(index: int, logits: np.ndarray) -> float:
+    def dice(index: int, image: np.ndarray, logits: np.ndarray) -> np.ndarray:
         image_path, mask_path = data.pairs[index]
         with large_ones_wait(image_path):
-            prediction = enlarge(logits, data.sample(index)[0], read_image(image_path, None, data.rule)) > 0.5
+            prediction = enlarge(logits, image, read_image(image_path, None, data.rule))
             mask = decode_mask(mask_path, None, data.rule)[0]
-            counts = confusion(*(torch.from_numpy(part)[None] for part in (prediction, mask == 1, mask != VOID)))
-        return image_scores(*counts)["dice"].item()
+            return dice_at_thresholds(prediction, mask == 1, mask != VOID)
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        total = sum(future.result() for future in in_threads(pool, 2 * NUM_THREADS, dice, predicted()))
-    return distributed.all_reduce_sum(torch.tensor(total, dtype=torch.float64)).item() / len(data)
+        total = sum(future.result() for future in in_threads(pool, depth, dice, predicted()))
+    means = distributed.all_reduce_sum(torch.from_numpy(total)).numpy() / len(data)
+    best = max(range(len(means)), key=lambda number: (means[number], -abs(number - 9)))
+    return means[9], (best + 1) / 20, means[best]
 
 
 @torch.inference_mode()
@@ -344,7 +338,7 @@ def check_accuracy(
     model: nn.Module,
     device: Device,
     image_losses: Callable[[Tensor, Tensor], Tensor],
-    show: Callable[[Tensor], None] | None = None,
+    show: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[dict[str, float], list[float]]:
     """Validates: returns the images' mean "val_loss" and image_scores, and each image's Dice.
 
@@ -352,37 +346,42 @@ def check_accuracy(
 
     Args:
         image_losses: train.py's, logits and masks (N, 1, H, W) -> (N,).
-        show: called with every batch's logits, float32 (N, 1, H, W) on the device.
+        show: called with every batch's logits, float32 (N, 1, H, W) on the device, reduced to the loader's
+            `dataset.shown` if that is a size, and with each image's Dice, (N,).
     """
-    was_training = model.training
+    was_training, shown = model.training, loader.dataset.shown
     model.eval()
     losses, counts = [], []  # stay on the device until the end
-    with progress(total=len(loader.dataset), desc="validating", unit="img") as bar:
+    with progress(total=loader.batch_sampler.length, desc="validating", unit="img") as bar:
         for indices, (images, masks) in zip(loader.batch_sampler.batches(), loader, strict=True):
             distributed.stop_if_asked()
             images, masks = device.to(images, masks)
             with device.autocast():
                 logits = model(images)
-            mine = len(indices[distributed.shard(len(indices))])
-            both = torch.cat((logits.float(), masks), dim=1)[:mine]
-            logits, masks = distributed.all_gather(both, len(indices)).split(1, dim=1)
-            losses.append(image_losses(logits, masks))
-            counts.append(torch.stack(confusion(logits > 0, masks > 0, ~masks.isnan())))  # sigmoid(logits) > 0.5
+            logits = logits.float()
+            mine = slice(len(indices[distributed.shard(len(indices))]))
+            batch_losses = image_losses(logits, masks)
+            batch_counts = torch.stack(confusion(logits > 0, masks > 0, ~masks.isnan()), 1)  # sigmoid(logits) > 0.5
+            losses.append(distributed.all_gather(batch_losses[mine], len(indices)))
+            counts.append(distributed.all_gather(batch_counts[mine], len(indices)))
+            if show or distributed.WORLD_SIZE > 1:
+                logits = pooled(logits, shown) if shown else logits
+                logits = distributed.all_gather(logits[mine], len(indices))
             if show:
-                show(logits)
+                show(logits, dice_scores(*counts[-1].T[:3]))
             if len(losses) % 10 == 1:
                 bar.set_postfix(loss=f"{losses[-1].mean().item():.4f}", refresh=False)
-            bar.update(len(masks))
+            bar.update(len(indices))
     model.train(was_training)
 
-    tp, fp, fn, tn = torch.cat(counts, dim=1).cpu().double()
+    tp, fp, fn, tn = torch.cat(counts).cpu().double().T
     scores = {"val_loss": torch.cat(losses).cpu().double()} | image_scores(tp, fp, fn, tn)
     predicted, foreground = ((part / (tp + fp + fn + tn)).nanmean().item() for part in (tp + fp, tp + fn))
     if predicted in (0, 1):
         print(
             f"WARNING: it predicts {('background', 'foreground')[int(predicted)]} for every pixel, and "
             f"{100 * foreground:.1f} % of the validation masks are foreground: raise NUM_EPOCHS, or for objects of a "
-            "few pixels IMAGE_HEIGHT and IMAGE_WIDTH"
+            "few pixels set CROP"
         )
     return {name: score.mean().item() for name, score in scores.items()}, scores["dice"].tolist()
 

@@ -466,7 +466,7 @@ def test_training_with_void_is_training_with_a_loss_that_is_cut_out_by_hand(monk
         known.append((masks != VOID).unsqueeze(1))
         return self.normalised(images), (masks == 1).float().unsqueeze(1)
 
-    def image_losses(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    def image_losses(logits: torch.Tensor, masks: torch.Tensor, dice_weight: float) -> torch.Tensor:
         part = known.pop() if len(known) == 1 else known.pop(0)
         losses = F.binary_cross_entropy_with_logits(logits, masks, reduction="none") * part
         return losses.flatten(1).sum(1) / part.flatten(1).sum(1)

@@ -1,5 +1,7 @@
 """Devices that this machine may lack: GPUs are simulated, with fake tensors, which have shapes but no values."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,7 +207,7 @@ def test_validation_counts_on_the_gpu(on_cuda):
 
     class Loader:
         def __init__(self, batches: int) -> None:
-            self.dataset, self.batch_sampler = range(4 * batches), utils.Batches(4 * batches, 4)
+            self.dataset, self.batch_sampler = SimpleNamespace(shown=None), utils.Batches(4 * batches, 4)
 
         def __iter__(self):
             batch = images.permute(0, 2, 3, 1).byte(), masks[:, 0].byte()
@@ -214,7 +216,9 @@ def test_validation_counts_on_the_gpu(on_cuda):
     waits = []
     for batches in (1, 5):
         items.clear()
-        utils.check_accuracy(Loader(batches), state.model, CUDA_BF16, train.image_losses, shown.append)
+        utils.check_accuracy(
+            Loader(batches), state.model, CUDA_BF16, train.image_losses, lambda logits, _: shown.append(logits)
+        )
         waits.append(items.count(CUDA))
     assert waits == [1, 1]  # for the progress of the first of ten batches
     assert all(tensor.device == CUDA and tensor.dtype == torch.float32 for tensor in shown)

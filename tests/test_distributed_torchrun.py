@@ -75,17 +75,17 @@ def printed() -> list[str]:
     return [f"{float(row[name]):.4f}" for row in rows() for name in ("val_loss", "pixel_accuracy", "dice", "iou")]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_learn_what_one_learns(project, processes):
+@pytest.mark.parametrize(("processes", "crop", "batches"), [(2, [], 3), (3, [], 3), (3, ["--crop", "64", "64"], 11)])
+def test_several_processes_learn_what_one_learns(project, processes, crop, batches):
     leave_photos(61)  # the last batch begins again
-    flags = ["--num-epochs", "1", "--batch-size", "12", "--accumulation", "2"]  # validation: 12, 12 and 8 photos
+    flags = ["--num-epochs", "1", "--batch-size", "12", "--accumulation", "2", *crop]
     alone(*flags, "--checkpoint", "alone.pth.tar")
     wanted = printed()
     out = done(torchrun(*flags, processes=processes, script=PLAIN))
     assert out.count("epoch  train_loss") == out.count("Dice of the best weights") == 1
     assert close(weights("alone.pth.tar"), weights())
     assert printed() == wanted
-    assert len(list(Path("saved_images").glob("overlay_*.png"))) == 3
+    assert len(list(Path("saved_images").glob("overlay_*.png"))) == batches  # 12, 12 and 8 photos; of crops 3 at a time
 
 
 def test_another_number_of_processes_goes_on_at_the_same_image(project):
@@ -189,8 +189,10 @@ def test_two_machines_learn_what_one_learns_and_a_cut_wire_loses_nothing(two_mac
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
     for machine in machines:
+        said = []
         while "has lost another one" not in (line := machine.stderr.readline()):
-            assert line, machine.communicate(timeout=60)
+            said.append(line)
+            assert line, ("".join(said), machine.communicate(timeout=60))
         machine.kill()  # torchrun waits for minutes to find out for itself
         machine.wait()
     subprocess.run(["ip", "-n", "unet1", "link", "set", "wire1", "up"], check=True)

@@ -12,6 +12,7 @@ import time
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,9 +77,21 @@ def scores() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize(("precision", "workers"), [("bf16", "0"), ("fp32", "2")])
-def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project, precision, workers, kill):
-    flags = ["--precision", precision, "--num-workers", workers, "--checkpoint-minutes", "0", "--num-epochs", "3"]
+@pytest.mark.parametrize(
+    ("precision", "workers", "more"), [("bf16", "0", []), ("fp32", "2", []), ("fp32", "2", ["--crop", "64", "64"])]
+)
+def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project, precision, workers, more, kill):
+    flags = [
+        "--precision",
+        precision,
+        "--num-workers",
+        workers,
+        "--checkpoint-minutes",
+        "0",
+        "--num-epochs",
+        "3",
+        *more,
+    ]
     whole = Training(*flags)
     whole.wait_for("train_loss")
     begun = time.monotonic()
@@ -398,8 +411,9 @@ def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with utils.CheckpointWriter() as writer, pytest.raises(utils.UserError, match="No space left"):
-        writer.save([({"epoch": 2}, path, utils.sibling(path, ".prev"))])
+    state = SimpleNamespace(state_dict=lambda: {"epoch": 2})
+    with utils.CheckpointWriter(path, {}) as writer, pytest.raises(utils.UserError, match="No space left"):
+        writer.save(state)
         writer.wait()
     assert torch.load(path) == {"epoch": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == [CHECKPOINT.name]
@@ -420,8 +434,9 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_load
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
     weight = torch.zeros(1000)
-    with utils.CheckpointWriter() as writer:
-        writer.save([({"weight": weight, "again": [weight]}, tmp_path / "a.pth.tar", None)])
+    state = SimpleNamespace(state_dict=lambda: {"weight": weight, "again": [weight]})
+    with utils.CheckpointWriter(tmp_path / "a.pth.tar", {}) as writer:
+        writer.save(state)
         weight += 1
         writer.wait()
     saved = torch.load(tmp_path / "a.pth.tar")

@@ -137,7 +137,7 @@ def test_batches_are_always_full(project, run_train, monkeypatch, flags):
 
 
 def test_training_and_validation_have_one_loss(project, run_train, monkeypatch):
-    monkeypatch.setattr(train, "image_losses", lambda logits, masks: 0 * logits.flatten(1).mean(1) + 7)
+    monkeypatch.setattr(train, "image_losses", lambda logits, masks, dice_weight: 0 * logits.flatten(1).mean(1) + 7)
     run_train("--num-epochs", "1", "--batch-size", "24")
     assert float(rows()[0]["train_loss"]) == float(rows()[0]["val_loss"]) == 7
 
@@ -243,3 +243,28 @@ def test_a_network_that_predicts_one_class_is_named(project, run_train, capsys):
     run_train("--num-epochs", "4")
     after_the_last_epoch = capsys.readouterr().out.split("\n    4 ")[1]
     assert "WARNING" not in after_the_last_epoch
+
+
+def test_the_dice_weight_adds_soft_dice(project, run_train):
+    random = torch.Generator().manual_seed(0)
+    logits, masks = torch.randn(3, 1, 9, 7, generator=random), torch.rand(3, 1, 9, 7, generator=random).round()
+    masks[0, 0, :3], masks[2] = torch.nan, 0
+    plain = train.image_losses(logits, masks)
+    for image, (both, alone) in enumerate(zip(train.image_losses(logits, masks, 0.5), plain, strict=True)):
+        y = masks[image][~masks[image].isnan()].double()
+        p = logits[image][~masks[image].isnan()].double().sigmoid()
+        assert (both - alone).item() == pytest.approx(
+            0.5 * (1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)).item()
+        )
+    right = torch.where(masks.nan_to_num() > 0, 100.0, -100.0)
+    assert train.image_losses(right, masks, 1.0).max() < 1e-6
+    assert torch.equal(train.image_losses(logits, masks, 0.0), plain)
+
+
+def test_the_dice_weight_counts_in_training_and_validation(project, run_train, capsys):
+    run_train("--num-epochs", "1")
+    before = rows()[0]
+    run_train("--num-epochs", "1", "--dice-weight", "1")
+    assert all(float(rows()[0][name]) > float(before[name]) + 0.2 for name in ("train_loss", "val_loss"))
+    run_train("--num-epochs", "2", "--load-model")
+    assert "DICE_WEIGHT was 1.0 and is 0.0 from here on." in capsys.readouterr().out

@@ -23,6 +23,8 @@ class FirstChannel(nn.Module):
 
 
 class Items(list):
+    shown = None
+
     def __getitem__(self, key):
         return super().__getitem__(key[2])
 
