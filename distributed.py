@@ -30,6 +30,10 @@ LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.envi
 LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
+# Part of every message about another process. When gloo has waited too long for one, it tells its other operations
+# "Application timeout caused pair closure", and any of them may be the first that train.py hears of.
+ABOUT_OTHERS = re.compile("gloo|nccl|pair closure", re.IGNORECASE)
+
 
 class Lost(UserError):
     """Another process cannot be reached; that one may know why."""
@@ -55,7 +59,7 @@ def process_group(minutes: float) -> Iterator[None]:
             yield
             dist.destroy_process_group()  # after an error it might wait for ever for a process that is gone
         except RuntimeError as error:
-            is_about_others = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+            is_about_others = isinstance(error, dist.DistError) or ABOUT_OTHERS.search(str(error))
             if not is_about_others or is_out_of_memory(error):
                 raise
             raise Lost(

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,9 +38,11 @@ def done(process: subprocess.Popen, status: int = 0) -> str:
     return out + err
 
 
-def wait_for(text: str, process: subprocess.Popen) -> None:
-    while text not in (line := process.stdout.readline()):
-        assert line, process.communicate(timeout=60)
+def wait_for(text: str, process: subprocess.Popen, stream: str = "stdout") -> None:
+    seen = []
+    while text not in (line := getattr(process, stream).readline()):
+        seen.append(line)
+        assert line, "".join([f"no {text!r}\n", *seen, *process.communicate(timeout=60)])
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -134,15 +138,18 @@ def test_a_mistake_is_named_once(project, flags, message):
 # Two machines
 
 
+SPACES = [f"unet{os.getpid()}-{number}" for number in (0, 1)]  # two runs of the tests do not meet
+
+
 @pytest.fixture
 def two_machines(drawn, tmp_path):
     """Two network namespaces with a virtual wire between them, and a folder of its own for each."""
-    commands = """
-        ip netns add unet0; ip netns add unet1
-        ip link add wire0 netns unet0 type veth peer name wire1 netns unet1
-        ip -n unet0 addr add 10.77.0.1/24 dev wire0; ip -n unet1 addr add 10.77.0.2/24 dev wire1
-        ip -n unet0 link set wire0 up; ip -n unet1 link set wire1 up
-        ip -n unet0 link set lo up; ip -n unet1 link set lo up
+    commands = f"""
+        ip netns add {SPACES[0]}; ip netns add {SPACES[1]}
+        ip link add wire0 netns {SPACES[0]} type veth peer name wire1 netns {SPACES[1]}
+        ip -n {SPACES[0]} addr add 10.77.0.1/24 dev wire0; ip -n {SPACES[1]} addr add 10.77.0.2/24 dev wire1
+        ip -n {SPACES[0]} link set wire0 up; ip -n {SPACES[1]} link set wire1 up
+        ip -n {SPACES[0]} link set lo up; ip -n {SPACES[1]} link set lo up
     """
     made = subprocess.run(["sh", "-ec", commands], capture_output=True, text=True)
     try:
@@ -152,12 +159,22 @@ def two_machines(drawn, tmp_path):
             shutil.copytree(drawn, tmp_path / str(number) / "data")
         yield tmp_path
     finally:
-        for number in (0, 1):
-            subprocess.run(["ip", "netns", "del", f"unet{number}"], capture_output=True)
+        end_machines()
+        for space in SPACES:
+            subprocess.run(["ip", "netns", "del", space], capture_output=True)
+
+
+def end_machines() -> None:
+    """Ends every process of the two, those that a killed torchrun has left among them."""
+    for space in SPACES:
+        pids = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout
+        for pid in map(int, pids.split()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def start_machine(folder: Path, number: int, *flags: str) -> subprocess.Popen:
-    command = ["ip", "netns", "exec", f"unet{number}", sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+    command = ["ip", "netns", "exec", SPACES[number], sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
     command += [
         "--nproc_per_node=1",
         "--rdzv-backend=c10d",
@@ -185,19 +202,22 @@ def test_two_machines_learn_what_one_learns_and_a_cut_wire_loses_nothing(two_mac
     workers = children(machines[1])
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)  # neither gets to the end of the run before the wire is cut
-    subprocess.run(["ip", "-n", "unet1", "link", "set", "wire1", "down"], check=True)
+    subprocess.run(["ip", "-n", SPACES[1], "link", "set", "wire1", "down"], check=True)
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
-    for machine in machines:
-        said = []
-        while "has lost another one" not in (line := machine.stderr.readline()):
-            said.append(line)
-            assert line, ("".join(said), machine.communicate(timeout=60))
-        machine.kill()  # torchrun waits for minutes to find out for itself
-        machine.wait()
-    subprocess.run(["ip", "-n", "unet1", "link", "set", "wire1", "up"], check=True)
+    at_last = threading.Timer(120, end_machines)  # a process that hangs fails the test
+    at_last.start()
+    try:
+        for machine in machines:
+            wait_for("has lost another one", machine, "stderr")
+            machine.kill()  # torchrun waits for minutes to find out for itself
+            machine.wait()
+    finally:
+        at_last.cancel()
+    subprocess.run(["ip", "-n", SPACES[1], "link", "set", "wire1", "up"], check=True)
 
-    for machine in [start_machine(two_machines, number, *flags, "--load-model") for number in (0, 1)]:
-        done(machine)
+    machines = [start_machine(two_machines, number, *flags, "--load-model") for number in (0, 1)]
+    assert "Continuing after" in done(machines[0])
+    done(machines[1])
     assert same(wanted, weights())
     assert not (two_machines / "1" / CHECKPOINT).exists()
