@@ -62,7 +62,7 @@ def draw_picture(folder: Path, others: list[Path]) -> None:
     files += [other / f"{name}_mask.png" for other in others]
     pictures = [cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)[part] for file in files]
     pictures = [cv2.copyMakeBorder(picture, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=128) for picture in pictures]
-    cv2.imwrite(str(Path(__file__).with_name("crops.jpg")), np.hstack(pictures), (cv2.IMWRITE_JPEG_QUALITY, 85))
+    cv2.imwrite(str(Path(__file__).with_name("crops.jpg")), np.hstack(pictures), (cv2.IMWRITE_JPEG_QUALITY, 70))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,23 @@ def test_any_batch_gives_pytorchs_probabilities(folder, capsys):
         assert np.abs(net.forward() - expected).max() < 1e-4
 
 
+def test_a_network_of_crops_takes_parts_of_photos_at_its_scale(folder, drawn, capsys):
+    model = random_network()
+    model.config["tile"] = [32, 64]
+    settings = {"val_img_dir": str(drawn / "val_images"), "val_mask_dir": str(drawn / "val_masks")}
+    save_network(
+        model, 32, 64, preprocessing=PREPROCESSING | {"height": 32, "width": 64, "scale": 0.75}, settings=settings
+    )
+    run()  # photos of 48 x 72 pixels then
+    assert "Comparing on 32 of the 32 photos" in capsys.readouterr().out
+    session, model = onnxruntime.InferenceSession("car.onnx"), predict.load_model(CHECKPOINT, "cpu", "fp32")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert (metadata["height"], metadata["width"], metadata["scale"]) == ("32", "64", "0.75")
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 64, 3), np.uint8)
+    expected = torch.from_numpy(model(images)).sigmoid().numpy()
+    assert np.abs(session.run(None, {"images": images})[0] - expected).max() < 1e-4
+
+
 def test_the_lines_of_the_documentation_give_the_masks_of_predict(folder, drawn, capsys):
     settings = {"val_img_dir": str(drawn / "val_images"), "val_mask_dir": str(drawn / "val_masks")}
     save_network(network_for_dark_things(), 144, 192, settings=settings, history=[{"dice": 0.12341}])
