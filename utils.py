@@ -326,7 +326,7 @@ def full_size_dice(loader: Loader, model: nn.Module, device: Device) -> tuple[fl
             return dice_at_thresholds(prediction, mask == 1, mask != VOID)
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        total = sum(future.result() for future in in_threads(pool, depth, dice, predicted()))
+        total = sum((future.result() for future in in_threads(pool, depth, dice, predicted())), np.zeros(19))
     means = distributed.all_reduce_sum(torch.from_numpy(total)).numpy() / len(data)
     best = max(range(len(means)), key=lambda number: (means[number], -abs(number - 9)))
     return means[9], (best + 1) / 20, means[best]

@@ -14,13 +14,16 @@ from PIL import Image
 import augmentation
 import crops
 import dataset
+import distributed
 import predict
 import report
 import tiles
 import train
 import utils
 from crops import CROPS, CropDataset, cut
+from dataset import CarvanaDataset
 from decoding import VOID, UserError, decode_mask, read_image
+from device import Device
 from model import UNet
 
 CROP = ["--crop", "64", "64"]
@@ -306,6 +309,16 @@ def test_predict_follows_without_flags(scattered, run_train, capsys):
     model = predict.load_model("my_checkpoint_best.pth.tar")
     image = read_image(Path("data/val_images/0.png"))
     assert predict.predict(model, image).shape == image.shape[:2] and model.window == (64, 64)
+
+
+def test_a_process_without_photos_adds_nothing(scattered, monkeypatch):
+    data = CarvanaDataset("data/val_images", "data/val_masks", 1.0)
+    data.prepare(None)
+    model, cpu = UNet(3, 1, (8, 16), tile=(64, 64)), Device(torch.device("cpu"), torch.float32)
+    loader = utils.get_loaders(data, data, 4)[1]
+    assert utils.full_size_dice(loader, model, cpu)[0] == 0.25  # all background, which is right for one of four
+    monkeypatch.setattr(distributed, "shard", lambda _: slice(0))
+    assert utils.full_size_dice(loader, model, cpu)[0] == 0
 
 
 @pytest.mark.parametrize("flags", [["--tile", "128"], ["--size", "80", "90"], ["--tta"], ["--batch-size", "3"]])
