@@ -315,6 +315,7 @@ def test_a_process_without_photos_adds_nothing(scattered, monkeypatch):
     data = CarvanaDataset("data/val_images", "data/val_masks", 1.0)
     data.prepare(None)
     model, cpu = UNet(3, 1, (8, 16), tile=(64, 64)), Device(torch.device("cpu"), torch.float32)
+    model.start_from(0.1)
     loader = utils.get_loaders(data, data, 4)[1]
     assert utils.full_size_dice(loader, model, cpu)[0] == 0.25  # all background, which is right for one of four
     monkeypatch.setattr(distributed, "shard", lambda _: slice(0))

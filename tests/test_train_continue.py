@@ -29,6 +29,7 @@ NEW_IN_FORMAT_2 = ("format", "computed", "optimizer_name")
 CHECKPOINT, PREVIOUS = Path("my_checkpoint.pth.tar"), Path("my_checkpoint.prev.pth.tar")
 
 
+CROPS = ["--crop", "64", "64", "--batch-size", "16"]  # of which there are more than photos: larger batches
 CONTEXT = multiprocessing.get_context("forkserver")  # importing train.py takes 5 s: once is enough
 CONTEXT.set_forkserver_preload(["train"])
 
@@ -77,9 +78,7 @@ def scores() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize(
-    ("precision", "workers", "more"), [("bf16", "0", []), ("fp32", "2", []), ("fp32", "2", ["--crop", "64", "64"])]
-)
+@pytest.mark.parametrize(("precision", "workers", "more"), [("bf16", "0", []), ("fp32", "2", []), ("fp32", "2", CROPS)])
 def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project, precision, workers, more, kill):
     flags = [
         "--precision",
