@@ -263,6 +263,7 @@ def test_examples_the_clipboard_and_the_camera_are_photos_too(page):
     take_away(page)
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("[...document.querySelectorAll('#photo video')].some(video => video.videoWidth)")
     page.locator("[title='capture photo'], [aria-label='capture photo']").first.click()
     changed(page, before)
 
