@@ -7,10 +7,11 @@ import numpy as np
 
 from augmentation import augment
 from dataset import CarvanaDataset
-from decoding import VOID
+from decoding import VOID, UserError
 
 CROPS = 8  # of each photo in an epoch
 MARGIN = 0.3  # of a crop's longer side that is read around it, so that scaling and rotation find real surroundings
+SMALL = 128  # pixels: crops of this height and width may be larger than every photo
 VAL_PHOTOS = 32  # that an epoch's validation takes at most: one of 1918 x 1280 pixels costs as much as 64 of 160 x 240
 
 
@@ -47,6 +48,15 @@ class CropDataset(CarvanaDataset):
         inner = np.s_[margin : margin + self.crop[0], margin : margin + self.crop[1]]
         return tuple(np.ascontiguousarray(part[inner]) for part in window)
 
+    def prepare(self, *arguments: object) -> None:
+        super().prepare(*arguments)
+        height, width = np.max([self.size_of(photo) for photo in range(len(self.pairs))], 0)
+        if self.crop[0] > max(height, SMALL) or self.crop[1] > max(width, SMALL):
+            raise UserError(
+                f"CROP is {self.crop}, but at SCALE {self.size:g} no photo in {self.image_dir} is higher than {height} "
+                f"or wider than {width} pixels: set CROP to these at most"
+            )
+
     def image_of(self, index: int) -> Path:
         return super().image_of(index // CROPS)
 
@@ -60,7 +70,7 @@ def cut(
     inside = np.s_[max(0, top) : bottom, max(0, left) : right]
     beyond = max(0, -top), max(0, bottom - height), max(0, -left), max(0, right - width)
     if not any(beyond):
-        return image[inside], mask[inside]
+        return image[inside].copy(), mask[inside].copy()  # views would keep whole photos in memory
     return (
         cv2.copyMakeBorder(image[inside], *beyond, cv2.BORDER_REFLECT_101),
         cv2.copyMakeBorder(mask[inside], *beyond, cv2.BORDER_CONSTANT, value=VOID),

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image, ImageColor
 
 import utils
@@ -23,6 +24,7 @@ from decoding import UserError, enlarge, read_image
 from distributed import run
 from predict import Prediction, Predictor, find_photos, load_model, write_png
 from settings import Parser
+from tiles import pooled
 
 SHOWN = 1280  # pixels of the longer side of what is shown; what is downloaded has the photo's own size
 SECONDS = 3600  # that photos and results are kept; the end of the program removes them, too
@@ -58,7 +60,10 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
     def cut(kept, photo, threshold, is_coloured, colour):
         rgb = ImageColor.getcolor(re.sub(r"\.\d+", "", colour), "RGB")  # "#1d9a8a" or "rgba(29.3, 154, 138, 1)"
         flags = SimpleNamespace(threshold=threshold, background=rgb if is_coloured else CHECKERS.convert("RGB"))
-        return Prediction(kept.path, photo, enlarge(kept.logits, kept.image, photo), flags)
+        logits = kept.logits
+        if logits.size > photo.size / 3:  # a network of crops saw more than is shown: thin things are to stay
+            logits = pooled(torch.from_numpy(logits[None, None]), photo.shape[:2])[0, 0].numpy()
+        return Prediction(kept.path, photo, enlarge(logits, kept.image, photo), flags)
 
     def draw(kept, *choices):
         if kept:

@@ -170,7 +170,7 @@ class Prediction:
 
     def __init__(self, path: Path, photo: np.ndarray, probabilities: np.ndarray, args: argparse.Namespace) -> None:
         self.path, self.photo, self.probabilities, self.args = path, photo, probabilities, args
-        self.mask = cv2.compare(probabilities, args.threshold, cv2.CMP_GT)  # uint8 (H, W) in {0, 255}
+        self.mask = (probabilities > args.threshold) * np.uint8(255)  # (H, W) in {0, 255}
 
     def sixteen_bits(self) -> Image.Image:
         picture = np.empty(self.probabilities.shape, np.uint16)
@@ -402,16 +402,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def load_network(args: argparse.Namespace) -> Predictor:
     """The network, set to the size or the tiles that are asked for. Raises UserError."""
     model = load_model(args.checkpoint, args.device)
-    multiple = 4 * model.network.multiple  # tiles are shifted by quarters, which every stage must halve
-    if args.tile is not None and (args.tile < multiple or args.tile % multiple):
-        raise UserError(f"--tile is {args.tile}: set it to a multiple of {multiple}, such as {8 * multiple}")
+    smallest = 4 * model.network.multiple
+    if args.tile is not None and args.tile < smallest:
+        raise UserError(f"--tile is {args.tile}: set it to at least {smallest}, such as {8 * smallest}")
     is_whole = not isinstance(model.size, float)  # the network was trained on whole photos
-    if args.tile and not args.size and is_whole and model.photo_size:
-        wanted = [trained / own for trained, own in zip(model.size, model.photo_size, strict=True)]
-        if not all(2 / 3 <= scale <= 3 / 2 for scale in wanted):
+    if model.photo_size and (args.tile and not args.size if is_whole else args.size):
+        trained = model.size if is_whole else [round(model.size * side) for side in model.photo_size]
+        factors = [now / before for now, before in zip(args.size or model.photo_size, trained, strict=True)]
+        if not all(2 / 3 <= factor <= 3 / 2 for factor in factors):
             raise UserError(
-                f"--tile without --size shows the network photos {1 / wanted[0]:.1f} times as high and "
-                f"{1 / wanted[1]:.1f} times as wide as in training: add --size {model.size[0]} {model.size[1]}"
+                f"{'--size' if args.size else '--tile without --size'} shows the network photos {factors[0]:.2g} times "
+                f"as high and {factors[1]:.2g} times as wide as in training: give --size {trained[0]} {trained[1]}"
+                + " or none"
+                * (not is_whole)
             )
     if args.tile:
         model.network.tile = args.tile, args.tile
@@ -437,8 +440,8 @@ def predict_all(
     batches = -(-len(photos) // args.batch_size)
     batch_size = -(-len(photos) // max(1, batches))  # 9 photos: 5 and 4, not 8 and 1
     threads, depth = THREADS, THREADS + batch_size
-    if model.network.tile:  # such photos differ in size, and are large: they do not queue
-        batch_size = threads = depth = 1
+    if model.network.tile:  # such photos differ in size, and are large: few wait
+        batch_size, threads, depth = 1, 2, 2
     bar = utils.progress(total=len(photos), desc="predicting", unit="photo")
     with ThreadPoolExecutor(threads) as pool, bar:
         decoded = in_threads(pool, depth, decode, ((photo, model.size, model.rule) for photo in photos))

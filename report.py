@@ -190,10 +190,14 @@ def label(tile: np.ndarray, text: str) -> np.ndarray:
 
 
 def save_train_batch(images: Tensor, masks: Tensor, path: Path) -> None:
-    """Saves a batch as augmentation leaves it, uint8 (N, H, W, 3) and (N, H, W), with the masks outlined."""
+    """Saves a batch as augmentation leaves it, uint8 (N, H, W, 3) and (N, H, W), with the masks outlined.
+
+    What is void is hatched.
+    """
     tiles = images.numpy().copy()
-    for tile, mask in zip(tiles, masks.numpy() == 1, strict=True):
-        tile[outline(mask)] = 255, 230, 0  # yellow
+    for tile, mask in zip(tiles, masks.numpy(), strict=True):
+        tile[outline(mask == 1)] = 255, 230, 0  # yellow
+        tile[hatched(mask == VOID)] = 255
     save_grid(tiles, path)
 
 
@@ -222,7 +226,7 @@ def draw_curves(history: list[dict], path: Path) -> None:
         if len(lines) > 1:
             axes.legend()
         axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     with saving(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number_or_none(text: str) -> int | str:
-    if text == "none" or re.fullmatch(r"-?\d+", text):
-        return text if text == "none" else int(text)
+    if text.lower() == "none" or re.fullmatch(r"-?\d+", text):
+        return text if text.lower() == "none" else int(text)
     raise argparse.ArgumentTypeError(f"{text} is no whole number")
 
 
@@ -84,16 +84,16 @@ def check_ranges(settings: object, ranges: Iterable[Range], spell: Callable[[str
 def check_settings(s: SimpleNamespace) -> None:
     """Checks train.py's settings and that its folders can be written to. Raises UserError."""
     number, parts = (int, float), WORLD_SIZE * (s.accumulation if type(s.accumulation) is int else 1)
-    multiple = size_multiple(s.features) if isinstance(s.features, tuple) else 1
-    smallest = 64 if s.encoder else max(16, multiple)
-    smallest_crop = max(64, 4 * multiple)  # because tiles overlap by a quarter, which every stage must halve
+    multiple = size_multiple(s.features) if isinstance(s.features, tuple) and not s.encoder else 1
+    smallest, smallest_crop = max(64 if s.encoder else 16, multiple), max(64, 4 * multiple)
     side = lambda v: v >= smallest  # noqa: E731
     parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
     check_ranges(s, (
         ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
         ("image_height", int, side, f"a whole number, at least {smallest}"),
         ("image_width", int, side, f"a whole number, at least {smallest}"),
-        ("crop", tuple | None, lambda v: v is None or (len(v) == 2 and min(v) >= smallest_crop),
+        ("crop", tuple | None,
+         lambda v: v is None or (len(v) == 2 and all(type(c) is int and c >= smallest_crop for c in v)),
          f"height and width, at least {smallest_crop}, such as (256, 256), or to None"),
         ("scale", number, lambda v: 0 < v <= 1, "a share of the photos' own size, above 0 and at most 1"),
         ("encoder", str | None, lambda v: v != "", 'the name of a network of timm, such as "resnet34", or to None'),
@@ -124,7 +124,7 @@ def check_settings(s: SimpleNamespace) -> None:
     ))  # fmt: skip
     if s.scale != 1 and not s.crop:
         raise UserError(f"SCALE is {s.scale}, but CROP is None: set CROP, such as (256, 256), or SCALE to 1")
-    if not s.encoder and s.batch_size == parts and max(s.crop or (s.image_height, s.image_width)) <= multiple:
+    if not s.crop and s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
         raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
     if s.encoder_weights and not s.encoder:
         raise UserError("ENCODER_WEIGHTS is set, but ENCODER is None: set both or none of them")

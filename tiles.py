@@ -53,9 +53,7 @@ def slide(network: Callable[[Tensor], Tensor], images: Tensor, tile: tuple[int, 
 
 
 def pooled(pictures: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures (N, C, H, W) at `size` (height, width), of whose pixels each is the largest of those that it stands for.
-
-    Without adaptive_max_pool2d, which MPS has for whole factors alone.
-    """
-    kernel = [-(-own // wanted) for own, wanted in zip(pictures.shape[-2:], size, strict=True)]
-    return F.interpolate(F.max_pool2d(pictures, kernel, ceil_mode=True), size)
+    """Pictures (N, C, H, W) at `size` (height, width): each pixel is the largest of those that it stands for."""
+    if pictures.is_mps:  # which has it for whole factors alone
+        pictures = pictures.cpu()
+    return F.adaptive_max_pool2d(pictures, size)

@@ -281,7 +281,7 @@ def raise_if_not_finite(state: State, loader: DataLoader) -> None:
     if len(bad) or not all(weight.isfinite().all() for weight in state.model.parameters()):
         first = bad[0].item() if len(bad) else len(starts) - 1
         loader.batch_sampler.start = starts[first]
-        names = [loader.dataset.image_of(index).name for index in loader.batch_sampler.batches()[0]]
+        names = dict.fromkeys(loader.dataset.image_of(index).name for index in loader.batch_sampler.batches()[0])
         raise UserError(
             f"training diverged (loss {losses[first].item():.3g}) with {', '.join(names)}: look at these photos and "
             "their masks, or lower LEARNING_RATE; no checkpoint was changed"
@@ -297,8 +297,7 @@ def prepare(
     """
     # Of several machines' torchruns only the one whose process has died counts the restart
     is_restart = distributed.all_reduce_max(distributed.RESTARTS) > 0
-    checkpoint = distributed.broadcast_object(utils.checkpoint_to_continue, s, is_restart)
-    start = None
+    checkpoint, start = distributed.broadcast_object(utils.checkpoint_to_continue, s, is_restart), None
     if checkpoint:
         s.start_from = checkpoint["settings"].get("start_from")  # it goes on as it began
     elif s.start_from:
@@ -379,7 +378,8 @@ def train(s: SimpleNamespace) -> None:
     state.model.load_state_dict(distributed.broadcast_object(utils.load_checkpoint, best)["state_dict"])
     full, threshold, highest = utils.full_size_dice(val_loader, state.model, device)
     print(f"Dice of the best weights: {state.best:.4f} at training size, {full:.4f} at the photos' original size.")
-    print(f"On these photos the best threshold would be {threshold:g}, with {highest:.4f}.")
+    if highest:
+        print(f"On these photos the best threshold would be {threshold:g}, with {highest:.4f}.")
     print(f"The best weights are in {best}, the newest state in {s.checkpoint}.")
     print(f"Look at {Path(s.saved_images_dir, 'index.html').resolve().as_uri()}")
 

@@ -53,15 +53,18 @@ def get_loaders(
 ) -> tuple[Loader, Loader]:
     """Loaders for training and validation, of images uint8 (N, H, W, 3) and masks uint8 (N, H, W) in {0, 1, VOID}.
 
-    Batches do not depend on num_workers. Validation photos of different sizes come one by one.
+    Batches do not depend on num_workers. Validation photos of different sizes come one by one, and from this process:
+    workers would queue whole large photos in shared memory.
     """
-    options = {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": num_workers > 0}
-    options["worker_init_fn"] = distributed.ignore_signals
-    val_size = distributed.WORLD_SIZE if isinstance(val_set.size, float) else batch_size
-    return (
-        Loader(train_set, batch_sampler=Batches(len(train_set), batch_size, seed), **options),
-        Loader(val_set, batch_sampler=Batches(len(val_set), val_size), **options),
-    )
+
+    def loader(data: CarvanaDataset, batches: Batches, workers: int) -> Loader:
+        options = {"num_workers": workers, "pin_memory": pin_memory, "persistent_workers": workers > 0}
+        return Loader(data, batch_sampler=batches, worker_init_fn=distributed.ignore_signals, **options)
+
+    train_loader = loader(train_set, Batches(len(train_set), batch_size, seed), num_workers)
+    if isinstance(val_set.size, float):
+        return train_loader, loader(val_set, Batches(len(val_set), distributed.WORLD_SIZE), 0)
+    return train_loader, loader(val_set, Batches(len(val_set), batch_size), num_workers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,8 +247,8 @@ def checkpoint_to_continue(s: SimpleNamespace, is_restart: bool) -> dict | None:
     newer = {"encoder": None, "crop": None, "scale": 1.0, "dice_weight": 0.0}  # settings, which older checkpoints lack
     before = vars(s) | newer | checkpoint["settings"]
     network = "encoder" if s.encoder or before["encoder"] else "features"  # another encoder has its own MEAN, too
-    others = ("crop", "scale", "image_height", "image_width", "mean", "std", "foreground_values")
-    fixed = (network, *others) if before["encoder"] == s.encoder else (network,)
+    size = ("crop", "scale") if s.crop or before["crop"] else ("image_height", "image_width")
+    fixed = (network, *size, "mean", "std", "foreground_values") if before["encoder"] == s.encoder else (network,)
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
         raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
     if checkpoint["epoch"] >= s.num_epochs:
@@ -305,7 +308,7 @@ def full_size_dice(loader: Loader, model: nn.Module, device: Device) -> tuple[fl
     model.eval()
     data, size = loader.dataset.whole, loader.batch_sampler.size
     mine = [batch[distributed.shard(len(batch))] for batch in Batches(len(data), size).batches()]
-    depth = 1 if isinstance(data.size, float) else 2 * NUM_THREADS  # such photos are large: they do not queue
+    depth = 2 if isinstance(data.size, float) else 2 * NUM_THREADS  # such photos are large: few wait
 
     def read(indices: list[int]) -> tuple[list[int], list[np.ndarray]]:
         return indices, [data.sample(index)[0] for index in indices]
@@ -321,7 +324,7 @@ def full_size_dice(loader: Loader, model: nn.Module, device: Device) -> tuple[fl
     def dice(index: int, image: np.ndarray, logits: np.ndarray) -> np.ndarray:
         image_path, mask_path = data.pairs[index]
         with large_ones_wait(image_path):
-            prediction = enlarge(logits, image, read_image(image_path, None, data.rule))
+            prediction = enlarge(logits, image, image if data.size == 1 else read_image(image_path, None, data.rule))
             mask = decode_mask(mask_path, None, data.rule)[0]
             return dice_at_thresholds(prediction, mask == 1, mask != VOID)
 
@@ -380,8 +383,8 @@ def check_accuracy(
     if predicted in (0, 1):
         print(
             f"WARNING: it predicts {('background', 'foreground')[int(predicted)]} for every pixel, and "
-            f"{100 * foreground:.1f} % of the validation masks are foreground: raise NUM_EPOCHS, or for objects of a "
-            "few pixels set CROP"
+            f"{100 * foreground:.1f} % of the validation masks are foreground: raise NUM_EPOCHS; objects of a few "
+            "pixels need CROP, and a larger SCALE"
         )
     return {name: score.mean().item() for name, score in scores.items()}, scores["dice"].tolist()
 

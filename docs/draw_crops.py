@@ -66,5 +66,5 @@ def draw_picture(folder: Path, others: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    folder, *others = map(Path, sys.argv[1:])
+    folder, *others = map(Path, sys.argv[1:] or ["lines"])
     draw_picture(folder, others) if others else draw_dataset(folder)

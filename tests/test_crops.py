@@ -1,5 +1,6 @@
 """Training on crops: what is cut out, what validation and predict.py make of it, and that it continues like any run."""
 
+import re
 import time
 from functools import partial
 from itertools import pairwise
@@ -322,7 +323,7 @@ def test_a_process_without_photos_adds_nothing(scattered, monkeypatch):
     assert utils.full_size_dice(loader, model, cpu)[0] == 0
 
 
-@pytest.mark.parametrize("flags", [["--tile", "128"], ["--size", "80", "90"], ["--tta"], ["--batch-size", "3"]])
+@pytest.mark.parametrize("flags", [["--tile", "128"], ["--size", "100", "160"], ["--tta"], ["--batch-size", "3"]])
 def test_predicts_flags_work_with_it(scattered, run_train, flags):
     run_train(*CROP, "--num-epochs", "1")
     predict.main(["data/val_images", *flags])
@@ -337,10 +338,13 @@ def test_a_checkpoint_of_crops_is_not_continued_with_other_ones(scattered, run_t
         (["--crop", "64", "80"], r"CROP = \(64, 64\)"),
         ([*CROP, "--scale", "0.5"], "SCALE = 1.0"),
     ):
-        with pytest.raises(UserError, match=f"was trained with {wanted}.*: set that again"):
+        with pytest.raises(UserError, match=f"was trained with {wanted}: set that again"):
             run_train(*flags, "--load-model")
     run_train(*CROP, "--num-epochs", "2", "--load-model", "--image-height", "64")  # which crops do not use
     assert len(rows()) == 2
+    run_train("--crop", "None", "--num-epochs", "1")
+    with pytest.raises(UserError, match="was trained with CROP = None: set that again"):
+        run_train(*CROP, "--load-model")
 
 
 def test_whole_photos_weights_start_a_run_of_crops(scattered, run_train, capsys):
@@ -356,6 +360,11 @@ def test_whole_photos_weights_start_a_run_of_crops(scattered, run_train, capsys)
         (["--crop", "48", "64"], "CROP is (48, 64): set it to height and width, at least 64"),
         ([*CROP, "--scale", "0"], "SCALE is 0.0: set it to a share of the photos' own size, above 0 and at most 1"),
         (["--scale", "0.5"], "SCALE is 0.5, but CROP is None: set CROP, such as (256, 256), or SCALE to 1"),
+        (
+            ["--crop", "200", "300"],
+            "CROP is (200, 300), but at SCALE 1 no photo in data/train_images is higher than 200 or "
+            "wider than 260 pixels: set CROP to these at most",
+        ),
         ([*CROP, "--scale", "0.01"], "every mask in data/train_masks is empty at SCALE 0.01: masks must be white"),
     ],
 )
@@ -365,9 +374,40 @@ def test_a_mistake_is_named(scattered, run_train, flags, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize("crop", [(128.0, 128.0), ("128", "128"), (128, None), (True, 128), (128,), ()])
+def test_an_edited_crop_of_another_kind_is_named(scattered, monkeypatch, crop):
+    monkeypatch.setattr(train, "CROP", crop)
+    with pytest.raises(UserError, match=r"CROP is \(.*: set it to height and width"):
+        train.main(["--features", "8", "16"])
+
+
+def test_predicts_size_must_be_near_trainings(scattered, run_train):
+    run_train(*CROP, "--num-epochs", "1")
+    message = (
+        "--size shows the network photos 0.58 times as high and 0.46 times as wide as in training: give --size 110 "
+    )
+    with pytest.raises(UserError, match=f"{message}140 or none"):
+        predict.main(["data/val_images", "--size", "64", "64"])
+
+
+def test_validation_photos_are_loaded_one_by_one_and_without_workers(scattered):
+    """Workers would queue whole large photos in shared memory."""
+    val = CarvanaDataset("data/val_images", "data/val_masks", 1.0)
+    val.prepare(None)
+    train_loader, val_loader = utils.get_loaders(cropped(), val, batch_size=4, num_workers=2)
+    assert (train_loader.num_workers, val_loader.num_workers, val_loader.batch_sampler.size) == (2, 0, 1)
+
+
+def test_without_a_cache_nothing_is_said_of_arrays(scattered, run_train, recwarn):
+    run_train(*CROP, "--num-epochs", "1", "--cache-dir", "none")
+    assert not recwarn.list
+
+
 def test_diverging_names_the_photos_of_the_crops(scattered, run_train):
-    with pytest.raises(UserError, match=r"training diverged .* with \d.png, \d.png, \d.png, \d.png: look at"):
-        run_train(*CROP, "--learning-rate", "1e30")
+    with pytest.raises(UserError, match=r"training diverged .* with (?:\d.png, )*\d.png: look at") as error:
+        run_train(*CROP, "--learning-rate", "1e30", "--batch-size", "16")
+    named = re.findall(r"\d.png", str(error.value))
+    assert len(named) == len(set(named))  # of 16 crops many are of one photo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,6 +420,21 @@ def test_pictures_keep_thin_things():
     small, truth = report.reduced(image, mask, (30, 20))
     assert small.shape == (30, 20, 3)
     assert (truth[:3] == VOID).all() and (truth[3:15] == 0).all() and (truth[15] == 1).all() and (truth[16:] == 0).all()
+
+
+@pytest.mark.parametrize(("own", "wanted"), [(129, 128), (1000, 300), (60, 20), (50, 64)])
+def test_no_pixel_is_lost_in_a_picture(own, wanted):
+    rows = torch.arange(own, dtype=torch.float32)[None, None, :, None].expand(1, 1, own, 2)
+    highest = np.ceil((np.arange(wanted) + 1) * own / wanted) - 1  # the last row that each of the picture's covers
+    np.testing.assert_array_equal(tiles.pooled(rows, (wanted, 1))[0, 0, :, 0], highest)
+
+
+def test_what_is_void_is_hatched_in_the_first_batch(tmp_path):
+    masks = torch.zeros(1, 40, 40, dtype=torch.uint8)
+    masks[:, :, 20:] = VOID
+    report.save_train_batch(torch.zeros(1, 40, 40, 3, dtype=torch.uint8), masks, tmp_path / "batch.png")
+    white = (np.asarray(Image.open(tmp_path / "batch.png"))[2:-2, 2:-2] == 255).all(-1)
+    assert not white[:, :20].any() and 0.2 < white[:, 20:].mean() < 0.5
 
 
 def test_pictures_show_the_dice_of_the_photo_itself(scattered, run_train, monkeypatch):

@@ -579,7 +579,7 @@ def test_a_checkpoint_keeps_the_rule_and_continuing_uses_it():
 def test_a_tile_at_another_scale_than_trainings_is_refused(capsys):
     draw(jpg, png)
     train.main([*LEARN, "--num-epochs", "1", "--image-height", "16", "--image-width", "24"])
-    message = "4.0 times as high and 4.0 times as wide as in training: add --size 16 24"
+    message = "4 times as high and 4 times as wide as in training: give --size 16 24"
     with pytest.raises(UserError, match=message):
         predict.main(["data/val_images", "--tile", "32"])
     predict.main(["data/val_images", "--tile", "32", "--size", "16", "24"])

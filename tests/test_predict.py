@@ -130,6 +130,22 @@ def test_enlarging_finds_the_edges_of_the_photo():
     assert (found != truth).sum() < 0.3 * (nearest != truth).sum()
 
 
+def test_photos_smaller_than_the_networks_size_lose_nothing():
+    logits = np.where(np.arange(400) % 40 < 4, np.float32(8), np.float32(-8))[:, None].repeat(100, 1)
+    probabilities = decoding.enlarge(logits, np.zeros((400, 100, 3), np.uint8), np.zeros((128, 32, 3), np.uint8))
+    assert (
+        (probabilities[:, 16] > 0.5).astype(int)[1:] > (probabilities[:, 16] > 0.5)[:-1]
+    ).sum() == 9  # and the first
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (300, 1)])
+def test_photos_of_a_pixel_are_predicted_and_scored(photos, size):
+    Image.new("RGB", size, "red").save(photos[0])
+    Image.new("L", size, "white").save(f"data/val_masks/{photos[0].stem}_mask.gif")
+    run("data/val_images", "--mask-dir", "data/val_masks", "--cutout", "--overlay", "--labelme")
+    assert pixels(f"{photos[0].stem}_mask.png").shape == size[::-1]
+
+
 def test_the_same_from_python_in_three_lines(photos):
     Image.open(photos[0]).save("photo.png")
     run("photo.png", "--probabilities")
@@ -476,7 +492,6 @@ MISTAKES = {
     "scores over something else": (["--output-dir", "mine", "--mask-dir", "data/val_masks"], "scores.csv"),
     "a threshold out of range": (["--threshold", "1"], "--threshold"),
     "a size too small": (["--size", "8", "8"], "--size"),
-    "a tile that does not halve": (["--tile", "100"], "--tile"),
     "no tile": (["--tile", "0"], "--tile"),
     "batches of none": (["--batch-size", "0"], "--batch-size"),
     "an unknown colour": (["--background", "blurple"], "blurple"),
