@@ -344,18 +344,29 @@ def label_image(file: Path) -> Annotation | None:
 # Masks -> LabelMe's files
 
 
-def write_labelme(path: Path, mask: np.ndarray, photo: Path, label: str, min_area: int) -> bool:
+def made_by_hand(photo: Path, path: Path) -> Path | None:
+    """The file of outlines that a person has made or saved: one of LabelMe beside the photo, or whatever is at `path`.
+
+    None where there is none, or one that is as predict.py wrote it. Raises UserError for one that cannot be read.
+    """
+    for file in filter(Path.exists, (photo.with_suffix(".json"), path)):
+        content = None
+        try:
+            with suppress(ValueError, RecursionError):
+                content = json.loads(file.read_text("utf-8-sig"))
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}): move it away") from error
+        is_labelme = isinstance(content, dict) and "shapes" in content
+        if not is_untouched(content) and (is_labelme or file == path):
+            return file
+    return None
+
+
+def write_labelme(path: Path, mask: np.ndarray, photo: Path, label: str, min_area: int) -> None:
     """Writes a mask, uint8 (H, W), in which 0 is background, as polygons that LabelMe opens.
 
-    A file that predict.py did not write, or that a person has saved since, stays. Returns whether it was written.
     https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py
     """
-    if path.exists():
-        content = None
-        with suppress(ValueError, RecursionError):
-            content = json.loads(path.read_text("utf-8-sig"))
-        if not is_untouched(content):
-            return False
     try:
         image_path = Path(os.path.relpath(photo, path.parent))
     except ValueError:  # on Windows, where it is on another disk
@@ -374,7 +385,6 @@ def write_labelme(path: Path, mask: np.ndarray, photo: Path, label: str, min_are
     }
     with saving(path) as temporary:
         temporary.write_text(json.dumps(content | {"predicted": digest(content)}), encoding="utf-8")
-    return True
 
 
 def digest(content: dict) -> str:

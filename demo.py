@@ -51,30 +51,31 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
     def take(path, *choices):
         with one_sentence(path):
             image, shown = read_image(path, model.size, model.rule), np.asarray(reduced(path, model, SHOWN))
-            kept = SimpleNamespace(path=path, image=image, logits=model(image[None])[0], shown=shown)
+            logits = small = model(image[None])[0]
+            if isinstance(model.size, float) and logits.size > shown.size / 3:  # of crops: thin things are to stay
+                small = pooled(torch.from_numpy(logits[None, None]), shown.shape[:2])[0, 0].numpy()
+            kept = SimpleNamespace(path=path, image=image, logits=logits, shown=shown, small=small)
         return kept, shown, draw(kept, *choices)
 
     def take_example(event: gr.SelectData, threshold, is_coloured, colour):
         return take(examples[event.index], threshold, is_coloured, colour)
 
-    def cut(kept, photo, threshold, is_coloured, colour):
+    def cut(kept, photo, logits, threshold, is_coloured, colour):
         rgb = ImageColor.getcolor(re.sub(r"\.\d+", "", colour), "RGB")  # "#1d9a8a" or "rgba(29.3, 154, 138, 1)"
         flags = SimpleNamespace(threshold=threshold, background=rgb if is_coloured else CHECKERS.convert("RGB"))
-        logits = kept.logits
-        if logits.size > photo.size / 3:  # a network of crops saw more than is shown: thin things are to stay
-            logits = pooled(torch.from_numpy(logits[None, None]), photo.shape[:2])[0, 0].numpy()
         return Prediction(kept.path, photo, enlarge(logits, kept.image, photo), flags)
 
     def draw(kept, *choices):
         if kept:
             with one_sentence(kept.path):
-                return kept.shown, cut(kept, kept.shown, *choices).on_background()
+                return kept.shown, cut(kept, kept.shown, kept.small, *choices).on_background()
 
     def save(kept, threshold, is_coloured, colour):
         if not kept:
             raise gr.Error("there is no photo yet: drop one first", print_exception=False)
         with one_sentence(kept.path):
-            full = cut(kept, read_image(kept.path, None, model.rule), threshold, is_coloured, colour)
+            photo = read_image(kept.path, None, model.rule)
+            full = cut(kept, photo, kept.logits, threshold, is_coloured, colour)
             path = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]), f"{kept.path.stem}_cutout.png")
             write_png(path, full.on_background() if is_coloured else full.cutout())
         return path
@@ -115,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
             import gradio as gr
         except ImportError as error:
             raise UserError(f"demo.py needs gradio ({error}): pip install gradio") from error
+        except ValueError as error:
+            raise UserError(f"GRADIO_SERVER_PORT is no number ({error}): set it to one, such as 7860") from error
         model, examples = load_model(args.checkpoint, args.device), []
         with suppress(KeyError, UserError):  # four photos of the validation set, or none where they are gone
             found = find_photos([utils.load_checkpoint(Path(args.checkpoint))["settings"]["val_img_dir"]])
@@ -123,7 +126,11 @@ def main(argv: list[str] | None = None) -> None:
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # the computer's own
         with closing(make_page(gr, model, examples)) as page:
             page.queue(max_size=32)
-            page.launch(share=args.share, theme=theme, ssr_mode=False, footer_links=[], run_history=False)
+            try:
+                page.launch(share=args.share, theme=theme, ssr_mode=False, footer_links=[], run_history=False)
+            except OSError as error:
+                reason = str(error).partition(".")[0]
+                raise UserError(f"no page there ({reason}): correct GRADIO_SERVER_NAME, GRADIO_SERVER_PORT") from error
 
 
 if __name__ == "__main__":

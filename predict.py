@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 import utils
-from annotations import write_labelme
+from annotations import made_by_hand, write_labelme
 from dataset import NUM_THREADS, in_threads, large_ones_wait
 from decoding import VOID, Rule, Size, UserError, decode_mask, enlarge, read_image, read_opacity, resize, rule_from
 from device import Device, choose_device, memory_errors
@@ -333,12 +333,13 @@ def finish(
         runs = rle_encode(prediction.mask) if args.submission else None
         for kind in args.outputs:
             write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
-        shapes = args.output_dir / f"{photo.name}.json"
-        if args.labelme and not write_labelme(shapes, prediction.mask, photo.path, args.label, args.min_area):
-            tqdm.write(f"kept: {shapes}, which was made or corrected by hand")
         scores = score(prediction.mask, photo.mask, rule) if photo.mask else None
-        if args.labelme and not photo.mask:
-            scores = {"uncertain": uncertain_share(prediction.probabilities)}
+        shapes = args.output_dir / f"{photo.name}.json"
+        if args.labelme and (kept := made_by_hand(photo.path, shapes)):
+            tqdm.write(f"kept: {kept}, which was made or corrected by hand")
+        elif args.labelme:
+            write_labelme(shapes, prediction.mask, photo.path, args.label, args.min_area)
+            scores = scores or {"uncertain": uncertain_share(prediction.probabilities)}
     return photo, scores, runs
 
 
@@ -388,6 +389,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         (
             ("threshold", float, lambda v: 0 < v < 1, "a number between 0 and 1"),
             ("size", list | None, lambda v: v is None or min(v) >= 16, "height and width, at least 16"),
+            ("label", str, bool, "the object's name"),
             ("min_area", int, lambda v: v >= 0, "a whole number of pixels, at least 0"),
             ("batch_size", int, lambda v: v >= 1, "a whole number, at least 1"),
         ),
@@ -413,8 +415,6 @@ def load_network(args: argparse.Namespace) -> Predictor:
             raise UserError(
                 f"{'--size' if args.size else '--tile without --size'} shows the network photos {factors[0]:.2g} times "
                 f"as high and {factors[1]:.2g} times as wide as in training: give --size {trained[0]} {trained[1]}"
-                + " or none"
-                * (not is_whole)
             )
     if args.tile:
         model.network.tile = args.tile, args.tile

@@ -384,7 +384,7 @@ def check_accuracy(
         print(
             f"WARNING: it predicts {('background', 'foreground')[int(predicted)]} for every pixel, and "
             f"{100 * foreground:.1f} % of the validation masks are foreground: raise NUM_EPOCHS; objects of a few "
-            "pixels need CROP, and a larger SCALE"
+            "pixels need crops (docs/crops.md)"
         )
     return {name: score.mean().item() for name, score in scores.items()}, scores["dice"].tolist()
 

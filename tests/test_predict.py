@@ -493,6 +493,7 @@ MISTAKES = {
     "a threshold out of range": (["--threshold", "1"], "--threshold"),
     "a size too small": (["--size", "8", "8"], "--size"),
     "no tile": (["--tile", "0"], "--tile"),
+    "a label without a name": (["--labelme", "--label", ""], "--label"),
     "batches of none": (["--batch-size", "0"], "--batch-size"),
     "an unknown colour": (["--background", "blurple"], "blurple"),
     "a broken background": (["--background", "notes.txt"], "notes.txt"),

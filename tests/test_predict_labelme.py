@@ -160,6 +160,25 @@ def test_what_a_person_has_saved_is_never_overwritten(photos, capsys):
     assert [path.stem for path in Path("masks_of_object/images").iterdir()] == [photos[0].stem]
 
 
+def test_photos_that_were_outlined_by_hand_get_no_prediction(photos, capsys):
+    run("data/val_images", "--labelme", "--output-dir", "data/val_images")
+    saved_by_labelme(photos[0].with_suffix(".json"))
+    photos[1].with_suffix(".json").write_text('{"camera": "another program\'s"}')
+    capsys.readouterr()
+    run("data/val_images", "--labelme")
+    out = capsys.readouterr().out
+    assert f"kept: {photos[0].with_suffix('.json')}, which was made" in out and out.count("kept: ") == 1
+    assert "least certain of 7" in out and photos[0].name not in out
+    assert {path.stem for path in Path("predictions").glob("*.json")} == {photo.stem for photo in photos[1:]}
+
+
+def test_outlines_where_a_folder_lies_are_named(photos, capsys):
+    Path("predictions", f"{photos[0].stem}.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="1 of 8 photos could not be predicted"):
+        run("data/val_images", "--labelme")
+    assert f"{photos[0].stem}.json cannot be read (Is a directory): move it away" in capsys.readouterr().err
+
+
 def test_the_least_certain_come_first(photos, capsys):
     Path("masks").mkdir()
     Path("data/val_masks", f"{photos[0].stem}_mask.gif").rename(f"masks/{photos[0].stem}_mask.gif")
@@ -182,8 +201,8 @@ def test_uncertain_share_by_hand():
 
 def test_a_file_of_another_folder_names_its_photo_from_there(tmp_path):
     Path(tmp_path, "x/y").mkdir(parents=True)
-    assert write_labelme(tmp_path / "x/y/ä.json", drawn("a line"), tmp_path / "z/ä.jpg", "Straße", 0)
-    assert write_labelme(tmp_path / "x/y/ä.json", drawn("all"), tmp_path / "z/ä.jpg", "Straße", 0)
+    write_labelme(tmp_path / "x/y/ä.json", drawn("a line"), tmp_path / "z/ä.jpg", "Straße", 0)
+    write_labelme(tmp_path / "x/y/ä.json", drawn("all"), tmp_path / "z/ä.jpg", "Straße", 0)
     content = json.loads((tmp_path / "x/y/ä.json").read_text(encoding="utf-8"))
     assert content["imagePath"] == "../../z/ä.jpg" and content["shapes"][0]["label"] == "Straße"
 
