@@ -74,8 +74,7 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
         if not kept:
             raise gr.Error("there is no photo yet: drop one first", print_exception=False)
         with one_sentence(kept.path):
-            photo = read_image(kept.path, None, model.rule)
-            full = cut(kept, photo, kept.logits, threshold, is_coloured, colour)
+            full = cut(kept, read_image(kept.path, None, model.rule), kept.logits, threshold, is_coloured, colour)
             path = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]), f"{kept.path.stem}_cutout.png")
             write_png(path, full.on_background() if is_coloured else full.cutout())
         return path
@@ -114,10 +113,10 @@ def main(argv: list[str] | None = None) -> None:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
             import gradio as gr
-        except ImportError as error:
-            raise UserError(f"demo.py needs gradio ({error}): pip install gradio") from error
-        except ValueError as error:
-            raise UserError(f"GRADIO_SERVER_PORT is no number ({error}): set it to one, such as 7860") from error
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"demo.py needs gradio ({error}): pip install gradio, correct GRADIO_SERVER_PORT"
+            ) from error
         model, examples = load_model(args.checkpoint, args.device), []
         with suppress(KeyError, UserError):  # four photos of the validation set, or none where they are gone
             found = find_photos([utils.load_checkpoint(Path(args.checkpoint))["settings"]["val_img_dir"]])
