@@ -38,6 +38,14 @@ def reduced(path: Path, model: Predictor, side: int) -> Image.Image:
     return picture
 
 
+def cut(kept: SimpleNamespace, photo: np.ndarray, logits: np.ndarray, choices: tuple) -> Prediction:
+    """What a photo at any size becomes by the page's choices."""
+    threshold, is_coloured, colour = choices
+    rgb = ImageColor.getcolor(re.sub(r"\.\d+", "", colour), "RGB")  # "#1d9a8a" or "rgba(29.3, 154, 138, 1)"
+    flags = SimpleNamespace(threshold=threshold, background=rgb if is_coloured else CHECKERS.convert("RGB"))
+    return Prediction(kept.path, photo, enlarge(logits, kept.image, photo), flags)
+
+
 def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
     """The page, a gr.Blocks. Of each photo it keeps the network's output, so that the threshold needs no network."""
 
@@ -60,21 +68,16 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
     def take_example(event: gr.SelectData, threshold, is_coloured, colour):
         return take(examples[event.index], threshold, is_coloured, colour)
 
-    def cut(kept, photo, logits, threshold, is_coloured, colour):
-        rgb = ImageColor.getcolor(re.sub(r"\.\d+", "", colour), "RGB")  # "#1d9a8a" or "rgba(29.3, 154, 138, 1)"
-        flags = SimpleNamespace(threshold=threshold, background=rgb if is_coloured else CHECKERS.convert("RGB"))
-        return Prediction(kept.path, photo, enlarge(logits, kept.image, photo), flags)
-
     def draw(kept, *choices):
         if kept:
             with one_sentence(kept.path):
-                return kept.shown, cut(kept, kept.shown, kept.small, *choices).on_background()
+                return kept.shown, cut(kept, kept.shown, kept.small, choices).on_background()
 
     def save(kept, threshold, is_coloured, colour):
         if not kept:
             raise gr.Error("there is no photo yet: drop one first", print_exception=False)
         with one_sentence(kept.path):
-            full = cut(kept, read_image(kept.path, None, model.rule), kept.logits, threshold, is_coloured, colour)
+            full = cut(kept, read_image(kept.path, None, model.rule), kept.logits, (threshold, is_coloured, colour))
             path = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]), f"{kept.path.stem}_cutout.png")
             write_png(path, full.on_background() if is_coloured else full.cutout())
         return path
