@@ -116,10 +116,10 @@ def main(argv: list[str] | None = None) -> None:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
             import gradio as gr
-        except (ImportError, ValueError) as error:
-            raise UserError(
-                f"demo.py needs gradio ({error}): pip install gradio, correct GRADIO_SERVER_PORT"
-            ) from error
+        except ImportError as error:
+            raise UserError(f"demo.py needs gradio ({error}): pip install gradio") from error
+        except ValueError as error:
+            raise UserError(f"GRADIO_SERVER_PORT is no number ({error}): set it to one, such as 7860") from error
         model, examples = load_model(args.checkpoint, args.device), []
         with suppress(KeyError, UserError):  # four photos of the validation set, or none where they are gone
             found = find_photos([utils.load_checkpoint(Path(args.checkpoint))["settings"]["val_img_dir"]])
