@@ -1,484 +1,90 @@
-"""Files -> samples: decodes pairs of images and masks once, serves them as CarvanaDataset, and puts them in order."""
+"""Training on crops of large photos at (nearly) their original size, instead of on whole photos that are reduced."""
 
-import hashlib
-import json
-import math
-import os
-import re
-import shutil
-import threading
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from copy import copy as shallow_copy
-from dataclasses import asdict
-from itertools import accumulate, islice
 from pathlib import Path
-from typing import BinaryIO
 
+import cv2
 import numpy as np
-from filelock import FileLock
-from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
 
-import distributed
-from augmentation import Step, augment
-from decoding import (
-    VOID,
-    Note,
-    Rule,
-    Size,
-    UserError,
-    decode_image,
-    decode_mask,
-    image_size,
-    resized,
-    rule_from,
-    value_shares,
-)
-from pairing import MASK_SUFFIX, files_in, find_pairs, passed_over
+from augmentation import augment
+from dataset import CarvanaDataset
+from decoding import VOID, UserError
 
-NUM_THREADS = os.cpu_count() or 1  # that decode and draw side by side: Pillow and OpenCV release the GIL
-LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on at original size, which bounds the memory
-ONE_AT_A_TIME = threading.Lock()
-DECODER = 4  # part of the cache's key: raise it when decoding changes
-
-# What is known of a pair: the photo's original size; the shares of foreground in the known part of the sample's mask,
-# of foreground along its edge, and of void; a checksum of the sample's image; some of its foreground's pixels, counted
-# row by row, or -1 where there is none.
-PLACES = 64
-INFO = np.dtype(
-    [("height", "i8"), ("width", "i8"), ("foreground", "f8"), ("border", "f8"), ("void", "f8"), ("checksum", "i8"),
-     ("places", "i4", PLACES)]
-)  # fmt: skip
+CROPS = 8  # of each photo in an epoch
+MARGIN = 0.3  # of a crop's longer side that is read around it, so that scaling and rotation find real surroundings
+SMALL = 128  # pixels: crops of this height and width may be larger than every photo
+VAL_PHOTOS = 32  # that an epoch's validation takes at most: one of 1918 x 1280 pixels costs as much as 64 of 160 x 240
 
 
-@contextmanager
-def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Yields a temporary path that takes the place of `path` when the block has ended well: no file is half written.
+class CropDataset(CarvanaDataset):
+    """Crops of images with binary masks; each depends on (seed, epoch, photo, number of the crop) alone.
 
-    The file that was there is kept as `previous`, if that is given.
-    """
-    name = f"{path.name}.tmp"
-    if len(os.fsencode(name)) > 255:  # which is the longest that most disks allow
-        name = f"{path.name[:-4]}.tmp"
-    temporary = path.with_name(name)
-    try:
-        yield temporary
-        if previous and path.exists():
-            path.replace(previous)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def copy(file: Path, target: Path) -> None:
-    with written_whole(target) as temporary:
-        shutil.copyfile(file, temporary)
-
-
-def link_or_copy(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # another disk, or one that knows no hard links
-        copy(file, target)
-
-
-def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: Iterable[tuple]) -> Iterator[Future]:
-    """Calls function(*item) in the pool, `depth` calls ahead of the caller. Yields their results' futures, in order."""
-    items, running = iter(items), deque()
-    while True:
-        running.extend(pool.submit(function, *item) for item in islice(items, depth - len(running)))
-        if not running:
-            return
-        yield running.popleft()
-
-
-def large_ones_wait(path: Path) -> AbstractContextManager:
-    """Lets one large photo at a time be worked on."""
-    return ONE_AT_A_TIME if math.prod(image_size(path)) > LARGE else nullcontext()
-
-
-def read_sample(
-    image_path: Path, mask_path: Path, size: Size, rule: Rule | None = None
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int], Note]:
-    """Decodes a pair by a rule, or by what its files alone suggest.
-
-    Returns the image, uint8 (H, W, 3), and the mask, uint8 (H, W) in {0, 1, VOID}, both of `size`, the photo's own
-    (height, width), and a Note. Raises UserError if image and mask differ in size, or cannot be decoded.
-    """
-    image, own_size, levels, is_turned = decode_image(image_path, size, rule)
-    mask, mask_size, note = decode_mask(mask_path, size, rule)
-    note.levels, note.is_turned = levels, is_turned and not note.is_turned
-    if own_size != mask_size:
-        raise UserError(
-            f"{mask_path} is {mask_size[1]} x {mask_size[0]} pixels, but its image {image_path.name} is "
-            f"{own_size[1]} x {own_size[0]}: "
-            + ("turn the mask upright, as EXIF turns the image" if note.is_turned else "make it again at that size")
-        )
-    return image, mask, own_size, note
-
-
-def info_of(image: np.ndarray, mask: np.ndarray, own_size: tuple[int, int]) -> tuple:
-    """The INFO of a pair's sample."""
-    border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
-    void = float((mask == VOID).mean())
-    foreground = float((mask == 1).mean()) / (1 - void) if void < 1 else 0.0
-    places = np.flatnonzero(mask == 1) if foreground else np.array([-1])
-    places = places[np.linspace(0, len(places) - 1, PLACES).astype(int)].tolist()
-    return (*own_size, foreground, float((border == 1).mean()), void, zlib.crc32(image), places)
-
-
-class CarvanaDataset(Dataset):
-    """Images with binary masks, decoded by one rule; augmentation depends on (seed, epoch, position) alone.
+    A third of them is centred on a pixel of the foreground, where there is any; the others lie anywhere. A crop is cut
+    out of a larger window after augmentation. What lies beyond the photo is mirrored, and void in the mask.
 
     Args:
-        image_dir, mask_dir, mask_suffix: folders whose files pair as find_pairs says.
-        size: (height, width) of every sample, or its share of its photo's.
-        augmentation: what augmentation.augment is to do with each sample, a list of (probability, step).
-        seed: of the augmentation.
+        crop: (height, width) of every sample.
+        arguments: CarvanaDataset's.
     """
 
-    def __init__(self, image_dir: Path, mask_dir: Path, size: tuple[int, int] | float,
-                 augmentation: list[tuple[float, Step]] = (), seed: int = 0,
-                 mask_suffix: str = MASK_SUFFIX) -> None:  # fmt: skip
-        self.image_dir, self.mask_dir = Path(image_dir), Path(mask_dir)
-        self.pairs = find_pairs(self.image_dir, self.mask_dir, mask_suffix)
-        self.size, self.augmentation, self.seed = size if isinstance(size, float) else tuple(size), augmentation, seed
-        self.cache_file: Path | None = None
-        self._cache: np.ndarray | None = None
-        self._starts: list[int] = []  # of the samples in the cache, and its end
-        self.whole = self  # of a part, the set that it was taken from
-        self.shown: tuple[int, int] | None = None  # (height, width) at which pictures show a sample, if not at its own
-        # Once prepared:
-        self.infos: np.ndarray | None = None  # (n,) of INFO
-        self.notes: list[Note] = []
-        self.rule: Rule | None = None
-        self.chosen: tuple[float, ...] | None = None
+    def __init__(self, *arguments: object, crop: tuple[int, int], **more: object) -> None:
+        super().__init__(*arguments, **more)
+        self.crop = crop
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return CROPS * len(self.pairs)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """An index, or (epoch, position, index) -> image uint8 (H, W, 3), and mask uint8 (H, W) in {0, 1, VOID}.
+        epoch, _, index = key if isinstance(key, tuple) else (0, key, key)
+        photo, number = divmod(index, CROPS)
+        random = np.random.default_rng((self.seed, epoch, photo, number))
+        image, mask = self.sample(photo)
+        crop, margin = np.array(self.crop), round(MARGIN * max(self.crop))
+        room = np.array(mask.shape) - crop
+        start = np.floor(random.random(2) * (room + 1)).astype(int)
+        if random.random() < 1 / 3 and (place := random.choice(self.infos["places"][photo])) >= 0:
+            start = np.array(np.unravel_index(place, mask.shape)) - crop // 2
+        start = np.where(room < 0, room // 2, start.clip(0, room.clip(0)))
+        window = augment(self.augmentation, random, *cut(image, mask, start - margin, crop + 2 * margin))
+        inner = np.s_[margin : margin + self.crop[0], margin : margin + self.crop[1]]
+        return tuple(np.ascontiguousarray(part[inner]) for part in window)
 
-        `position` is the sample's in the epoch: one that comes twice is augmented differently.
-        """
-        epoch, position, index = key if isinstance(key, tuple) else (0, key, key)
-        return augment(self.augmentation, np.random.default_rng((self.seed, epoch, position)), *self.sample(index))
-
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The decoded pair, uint8 image (H, W, 3) and mask (H, W), from the cache if there is one."""
-        if self.cache_file is None:
-            return read_sample(*self.pairs[index], self.size, self.rule)[:2]
-        if self._cache is None:
-            self._map_cache()
-        size, start = self.size_of(index), self._starts[index]
-        mask, end = start + 3 * math.prod(size), start + 4 * math.prod(size)
-        return self._cache[start:mask].reshape(*size, 3), self._cache[mask:end].reshape(size)
-
-    def size_of(self, index: int) -> tuple[int, int]:
-        """(height, width) of a prepared sample."""
-        return resized((self.infos["height"][index], self.infos["width"][index]), self.size)
+    def prepare(self, *arguments: object) -> None:
+        super().prepare(*arguments)
+        height, width = np.max([self.size_of(photo) for photo in range(len(self.pairs))], 0)
+        if self.crop[0] > max(height, SMALL) or self.crop[1] > max(width, SMALL):
+            raise UserError(
+                f"CROP is {self.crop}, but at SCALE {self.size:g} no photo in {self.image_dir} is higher than {height} "
+                f"or wider than {width} pixels: set CROP to these at most"
+            )
 
     def image_of(self, index: int) -> Path:
-        """The photo that __getitem__ shows at an index."""
-        return self.pairs[index][0]
-
-    def part(self, count: int) -> "CarvanaDataset":
-        """At most `count` of the prepared pairs, evenly spaced, from the same cache."""
-        chosen = np.linspace(0, len(self.pairs) - 1, min(count, len(self.pairs))).round().astype(int)
-        part = shallow_copy(self)
-        part.infos = self.infos[chosen]
-        part.pairs, part.notes = ([rows[index] for index in chosen] for rows in (self.pairs, self.notes))
-        part._starts = [self._starts[index] for index in chosen] if self._starts else []
-        return part
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_cache": None}  # a spawned worker maps the file anew instead of receiving its contents
-
-    def fingerprint(self) -> str:
-        """Of the prepared pairs' names and contents: other data have another one."""
-        optional = {"void"} if not self.infos["void"].any() else set()  # as before there was void
-        fields = [name for name in INFO.names if name not in optional | {"places"}]
-        return _digest([image.name for image, _ in self.pairs], self.infos[fields].tolist())
-
-    def prepare(
-        self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
-    ) -> None:
-        """Decodes every pair once, which checks it, and keeps the samples in a memory-mapped file in cache_dir.
-
-        By the rule, if one is given, else by that which these files make: each is read as it suggests itself, and those
-        that the whole set contradicts are read again. `foreground_values` are then the rule's `chosen`.
-
-        The file serves later runs while the names, sizes and times of all files stay as they are; after a change,
-        samples of unchanged files are copied from it. It appears when it is complete. With cache_dir None, or on a disk
-        that is full, samples are decoded whenever they are needed.
-
-        Sets `infos`, `notes` and `rule`. Raises UserError for a pair that is broken, for foreground_values that no mask
-        holds, and if every mask is empty or every mask is full.
-        """
-        self.rule, self.chosen = rule, foreground_values
-        keys = [(image.name, mask.name, *_stamp(image), *_stamp(mask)) for image, mask in self.pairs]
-        self.infos = self.cache_file = None
-        if cache_dir is not None:
-            try:
-                self.infos = self._cached(Path(cache_dir), keys)
-            except OSError as error:
-                tqdm.write(f"No cache in {cache_dir} ({error}): every epoch decodes the photos again.")
-        if self.infos is None:
-            self.infos = np.array([row[1] for row in self._decode_all(keys, {}, None)], INFO)
-        for state, value in (("empty", 0), ("full", 1)):
-            if (self.infos["foreground"] == value).all():
-                size = f"SCALE {self.size}" if isinstance(self.size, float) else "{1} x {0} pixels".format(*self.size)
-                raise UserError(
-                    f"every mask in {self.mask_dir} is {state} at {size}: masks must be white on the object and "
-                    "black elsewhere, and objects larger than a pixel"
-                )
-
-    def _cached(self, cache_dir: Path, keys: list[tuple]) -> np.ndarray:
-        """Finds or builds the file for these keys and serves from it; raises OSError where it cannot be written."""
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        place = cache_dir / _digest(DECODER, self.size, str(self.image_dir.resolve()), str(self.mask_dir.resolve()))
-        data = place.with_name(f"{place.name}-{_digest(keys, self.chosen)}.samples")
-        with FileLock(place.with_suffix(".lock")):  # of several processes one builds and the others wait
-            if (index := self._read_index(data)) is None or not self._suits(*index[:2]):
-                self._build(place, data, keys)
-                index = self._read_index(data)
-            self.cache_file = data
-            self._map_cache()
-        rule, rows, self._starts = index
-        self.rule = self.rule or rule
-        self.notes = [note for _, _, note in rows]
-        return np.array([info for _, info, _ in rows], INFO)
-
-    def _read_index(self, data: Path) -> tuple[Rule, list, list[int]] | None:
-        """A cache file's rule, the (key, info, note) of each row, and where the samples start in it.
-
-        None if the file is not there or not whole.
-        """
-        try:
-            index = json.loads(data.with_suffix(".json").read_text())
-            rows = [(tuple(key), tuple(info), Note(**note)) for key, info, note in index["rows"]]
-            starts = self._starts_of([info[:2] for _, info, _ in rows])
-            return (rule_from(index["rule"]), rows, starts) if data.stat().st_size == starts[-1] else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def _suits(self, rule: Rule, rows: list) -> bool:
-        """Whether samples that were read by a rule are what the given one, or the files' own, makes of them."""
-        wanted = self.rule or Rule.of([note for _, _, note in rows], self.chosen)
-        return all(rule.meaning(note) == wanted.meaning(note) for _, _, note in rows)
-
-    def _map_cache(self) -> None:
-        self._cache = np.memmap(self.cache_file, np.uint8, mode="c").view(np.ndarray)
-
-    def _starts_of(self, own_sizes: list[tuple[int, int]]) -> list[int]:
-        """Where the samples of photos of these sizes start in the cache, and where the last one ends."""
-        return [0, *accumulate(4 * math.prod(resized(own_size, self.size)) for own_size in own_sizes)]
-
-    def _build(self, place: Path, data: Path, keys: list[tuple]) -> None:
-        for leftover in place.parent.glob(f"{place.name}-*.tmp"):  # of a run that was killed
-            leftover.unlink()
-        older = list(place.parent.glob(f"{place.name}-*.samples"))
-        known = {}
-        for path in older:
-            rule, rows, starts = self._read_index(path) or (None, [], [])
-            known |= {
-                key: (path, start, info, note, rule) for (key, info, note), start in zip(rows, starts, strict=False)
-            }
-
-        is_share = isinstance(self.size, float)
-        self._starts = self._starts_of([image_size(image) if is_share else self.size for image, _ in self.pairs])
-        needed, free = self._starts[-1], shutil.disk_usage(place.parent).free
-        if needed > free:
-            raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
-        tqdm.write(f"Caching {len(self.pairs)} pairs of {self.image_dir} in {place.parent}: {needed / 1e6:.1f} MB.")
-        with written_whole(data) as temporary, temporary.open("wb") as file:
-            rows = [(key, info, asdict(note)) for key, info, note in self._decode_all(keys, known, file)]
-            os.fsync(file.fileno())
-            with written_whole(data.with_suffix(".json")) as index:
-                index.write_text(json.dumps({"rule": asdict(self.rule), "rows": rows}))
-        for path in set(older) - {data}:
-            with suppress(OSError):  # on Windows a file that another run reads cannot be deleted
-                path.unlink()
-                path.with_suffix(".json").unlink()
-
-    def _decode_all(self, keys: list[tuple], known: dict[tuple, tuple], file: BinaryIO | None) -> list[tuple]:
-        """Reads every sample, from an older cache if `known` has its key, and writes it to `file`. Settles the rule.
-
-        Returns the (key, info, note) of each.
-        """
-
-        writing, is_share = threading.Lock(), isinstance(self.size, float)
-
-        def write(row: int, *arrays: np.ndarray) -> None:
-            if file is not None:
-                with writing:  # at once: samples that wait for their turn would pile up in memory
-                    file.seek(self._starts[row])
-                    for array in arrays:
-                        file.write(np.ascontiguousarray(array))
-
-        def read(row: int, rule: Rule | None) -> tuple[tuple, Note]:
-            with large_ones_wait(self.pairs[row][0]) if is_share else nullcontext():
-                image, mask, own_size, note = read_sample(*self.pairs[row], self.size, rule)
-                write(row, image, mask)
-                return info_of(image, mask, own_size), note
-
-        def first(row: int) -> tuple[tuple, Note, Rule]:
-            if keys[row] not in known:
-                info, note = read(row, self.rule)
-                return info, note, self.rule or Rule.of([note])
-            path, start, info, note, rule = known[keys[row]]
-            write(row, np.fromfile(path, np.uint8, self._starts[row + 1] - self._starts[row], offset=start))
-            return info, note, rule
-
-        rows, rules = [], []
-        progress = tqdm(total=len(keys), desc="reading", unit="pair", disable=None)
-        with progress, ThreadPoolExecutor(NUM_THREADS) as pool:
-            for key, future in zip(keys, in_threads(pool, 8 * NUM_THREADS, first, zip(range(len(keys)))), strict=True):
-                info, note, rule = future.result()
-                rows.append((key, info, note))
-                rules.append(rule)
-                progress.update()
-            self.notes = [note for _, _, note in rows]
-            self.rule = self.rule or self._settled()
-            again = [
-                (row, self.rule)
-                for row, (note, rule) in enumerate(zip(self.notes, rules, strict=True))
-                if rule.meaning(note) != self.rule.meaning(note)
-            ]
-            progress.reset(total=len(keys) + len(again))
-            progress.update(len(keys))
-            for (row, _), future in zip(again, in_threads(pool, 8 * NUM_THREADS, read, again), strict=True):
-                info, note = future.result()
-                rows[row] = keys[row], info, note
-                progress.update()
-        return rows
-
-    def _settled(self) -> Rule:
-        """The rule that the notes make. Raises UserError."""
-        rule = Rule.of(self.notes, self.chosen)
-        labels = sorted({value for note in self.notes for value, _ in note.values or [] if value})
-        if missing := set(self.chosen or ()) - set(labels):
-            listed = f"choose from {', '.join(f'{value:g}' for value in labels if not rule.has_void or value != 255)}"
-            raise UserError(
-                f"FOREGROUND_VALUES: {', '.join(f'{value:g}' for value in sorted(missing))} is in no mask of "
-                f"{self.mask_dir}: {listed if labels else 'they hold no labels, so set it to None'}"
-            )
-        if rule.low is not None and rule.low == rule.high:
-            raise UserError(
-                f"{self.image_dir}: its photos with more than 8 bits a channel hold nothing but {rule.low:g}: export "
-                "them again"
-            )
-        return rule
+        return super().image_of(index // CROPS)
 
 
-class Batches(Sampler):
-    """Yields batches of (epoch, position, index): all images in their order, or with a seed shuffled by (seed, epoch).
+def cut(
+    image: np.ndarray, mask: np.ndarray, start: tuple[int, int], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The part of `size` (height, width) from `start` (row, column) on, which may lie beyond the image's borders."""
+    (top, left), (bottom, right) = start, np.add(start, size)
+    height, width = mask.shape
+    inside = np.s_[max(0, top) : bottom, max(0, left) : right]
+    beyond = max(0, -top), max(0, bottom - height), max(0, -left), max(0, right - width)
+    if not any(beyond):
+        return image[inside].copy(), mask[inside].copy()  # views would keep whole photos in memory
+    return (
+        cv2.copyMakeBorder(image[inside], *beyond, cv2.BORDER_REFLECT_101),
+        cv2.copyMakeBorder(mask[inside], *beyond, cv2.BORDER_CONSTANT, value=VOID),
+    )
 
-    Shuffled batches are full: the order continues with its own beginning. Others end with what is left.
-    Under torchrun: this process's shard, which repeats an image where others have one more; that one does not count.
 
-    Set `epoch`, and `start` to skip so many images.
+def part_to_validate(val_set: CarvanaDataset, crop: tuple[int, int] | None) -> CarvanaDataset:
+    """What an epoch validates on: all of a prepared set, or with crops VAL_PHOTOS of it.
+
+    Pictures show these reduced until the median photo's longer side is a crop's.
     """
-
-    def __init__(self, length: int, size: int, seed: int | None = None) -> None:
-        self.length, self.size, self.seed, self.epoch, self.start = length, size, seed, 0, 0
-
-    def __len__(self) -> int:
-        return -(-(self.length - self.start) // self.size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for step, batch in enumerate(self.batches()):
-            positions = range(self.start + step * self.size, self.start + step * self.size + len(batch))
-            samples = [(self.epoch, position, index) for position, index in zip(positions, batch, strict=True)]
-            mine = samples[distributed.shard(len(batch))]
-            yield mine + samples[:1] * (-(-len(batch) // distributed.WORLD_SIZE) - len(mine))
-
-    def batches(self) -> list[list[int]]:
-        """The indices of all processes' batches that are left of this epoch."""
-        order, end = np.arange(self.length), self.length
-        if self.seed is not None:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-            end = self.start + len(self) * self.size
-        left = order[np.arange(self.start, end) % self.length].tolist()
-        return [left[start : start + self.size] for start in range(0, len(left), self.size)]
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): replace it, or remove it and its partner"
-        ) from error
-    return status.st_size, status.st_mtime_ns
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def car_of(image: Path) -> str | None:
-    """Carvana's name of the car: 00087a6bd4dc_01.jpg -> 00087a6bd4dc; None for a photo that is named otherwise."""
-    match = re.fullmatch(r"([0-9a-f]{12})_\d\d", image.stem)
-    return match[1] if match else None
-
-
-def describe_rule(data: CarvanaDataset) -> list[str]:
-    """What the values of the files mean, a line for each thing that is not plain."""
-    rule, lines = data.rule, []
-    if rule.low is not None:
-        lines.append(f"photos with more than 8 bits a channel: {rule.low:.6g} becomes 0, {rule.high:.6g} becomes 255")
-    shares = value_shares(data.notes)
-    foreground = [value for value in sorted(shares) if value and not (rule.has_void and value == 255)]
-    if rule.is_labels and len(foreground) > 1:
-        listed = ", ".join(f"{value:g} ({100 * shares[value]:.1f} %)" for value in foreground)
-        chosen = "all are foreground; FOREGROUND_VALUES chooses"
-        if rule.chosen is not None:
-            chosen = f"foreground is {', '.join(f'{value:g}' for value in rule.chosen)}"
-        lines.append(f"values of the masks: {listed}: {chosen}")
-    if not rule.is_labels and rule.chosen is None:
-        lines.append("values of the masks: many or fractions: foreground is above half of the brightest")
-    if rule.has_void:
-        lines.append(
-            f"void (255) in the masks: {100 * data.infos['void'].mean():.1f} %, ignored in the loss and in all scores"
-        )
-    return lines
-
-
-def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
-    """What two prepared sets hold, a line each, and a line for everything that looks like a mistake."""
-    lines = ["set    pairs  photos                      foreground min, median, max     empty masks"]
-    for name, data in (("train", train), ("val", val)):
-        sizes = sorted({(width, height) for height, width in data.infos[["height", "width"]].tolist()})
-        photos = " to ".join(f"{width} x {height}" for width, height in sizes[:: max(1, len(sizes) - 1)])
-        foreground, border = data.infos["foreground"], data.infos["border"]
-        shares = ", ".join(f"{100 * share:.1f} %" for share in np.quantile(foreground, (0, 0.5, 1)))
-        lines.append(f"{name:5}  {len(data.pairs):5}  {photos:26}  {shares:30}  {(foreground == 0).sum():11}")
-        if foreground.max() < 0.001:
-            lines.append(f"WARNING: no mask in {data.mask_dir} covers 0.1 % of its photo: are these the right masks?")
-        elif foreground.min() > 0.99:
-            lines.append(f"WARNING: every mask in {data.mask_dir} covers over 99 % of its photo: are these right?")
-        elif np.median(foreground) > 0.5 and np.median(border) > 0.5:
-            lines.append(f"WARNING: masks in {data.mask_dir} look inverted: the object must be white, the rest black")
-
-    cars = [{car_of(image) for image, _ in data.pairs} - {None} for data in (train, val)]
-    if both := cars[0] & cars[1]:
-        lines.append(
-            f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter (split_data.py)"
-        )
-    lines += describe_rule(train)
-    for data in (train, val):
-        if turned := sum(note.is_turned for note in data.notes):
-            lines.append(f"photos turned by EXIF in {data.image_dir}: {turned}; their masks are taken as upright")
-        for folder in (data.image_dir, data.mask_dir):
-            lines += passed_over(files_in(folder), folder)
-    known = set(train.infos["checksum"].tolist())
-    copies = [image for (image, _), info in zip(val.pairs, val.infos, strict=True) if int(info["checksum"]) in known]
-    if copies:
-        lines.append(f"WARNING: photos in both sets: {len(copies)}, such as {copies[0]}: scores will flatter")
-    return "\n".join(lines)
+    if not crop:
+        return val_set
+    own = np.array([np.median(val_set.infos[name]) for name in ("height", "width")])
+    part = val_set.part(VAL_PHOTOS)
+    part.shown = tuple((own * min(1, max(crop) / own.max())).round().astype(int).clip(1).tolist())
+    return part
