@@ -1,18 +1,75 @@
-"""Training on crops of large photos at (nearly) their original size, instead of on whole photos that are reduced."""
+"""Pairs of files -> augmented samples: CarvanaDataset, its crops, and the order of an epoch."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
+from torch.utils.data import Dataset, Sampler
 
-from augmentation import augment
-from dataset import CarvanaDataset
-from decoding import VOID, UserError
+from augmentation import Step, augment
+from machinery import processes
+from machinery.decoding import VOID
+from machinery.errors import UserError
+from machinery.files import MASK_SUFFIX
+from machinery.samples import Samples
 
 CROPS = 8  # of each photo in an epoch
 MARGIN = 0.3  # of a crop's longer side that is read around it, so that scaling and rotation find real surroundings
 SMALL = 128  # pixels: crops of this height and width may be larger than every photo
 VAL_PHOTOS = 32  # that an epoch's validation takes at most: one of 1918 x 1280 pixels costs as much as 64 of 160 x 240
+
+Key = int | tuple[int, int, int]  # an index, or (epoch, position in the epoch, index)
+
+
+class CarvanaDataset(Samples, Dataset):
+    """Images with binary masks; the augmentation of a sample depends on (seed, epoch, position) alone.
+
+    Args:
+        image_dir, mask_dir, size, mask_suffix: as for Samples.
+        augmentation: what augmentation.augment is to do with each sample, a list of (probability, step).
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        image_dir: Path,
+        mask_dir: Path,
+        size: tuple[int, int] | float,
+        augmentation: list[tuple[float, Step]] = (),
+        seed: int = 0,
+        mask_suffix: str = MASK_SUFFIX,
+    ) -> None:
+        super().__init__(image_dir, mask_dir, size, mask_suffix)
+        self.augmentation, self.seed = augmentation, seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
+        """Return an augmented sample: image uint8 (H, W, 3), and mask uint8 (H, W) in {0, 1, VOID}.
+
+        A sample that comes twice in an epoch is augmented differently: its position is another.
+        """
+        epoch, position, index = key if isinstance(key, tuple) else (0, key, key)
+        return augment(self.augmentation, np.random.default_rng((self.seed, epoch, position)), *self.sample(index))
+
+    def image_of(self, index: int) -> Path:
+        """Return the photo that __getitem__ shows at an index."""
+        return self.pairs[index][0]
+
+    def part_to_validate(self, crop: tuple[int, int] | None) -> tuple["CarvanaDataset", tuple[int, int] | None]:
+        """Return what an epoch validates on, and the (height, width) at which pictures show it, if not at its own.
+
+        That is all of a prepared set, or with crops VAL_PHOTOS of it, of which pictures are reduced until the median
+        photo's longer side is a crop's.
+        """
+        if not crop:
+            return self, None
+        own = np.array([np.median(self.infos[name]) for name in ("height", "width")])
+        shown = (own * min(1, max(crop) / own.max())).round().astype(int).clip(1)
+        return self.part(VAL_PHOTOS), tuple(shown.tolist())
 
 
 class CropDataset(CarvanaDataset):
@@ -33,7 +90,7 @@ class CropDataset(CarvanaDataset):
     def __len__(self) -> int:
         return CROPS * len(self.pairs)
 
-    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         epoch, _, index = key if isinstance(key, tuple) else (0, key, key)
         photo, number = divmod(index, CROPS)
         random = np.random.default_rng((self.seed, epoch, photo, number))
@@ -64,7 +121,7 @@ class CropDataset(CarvanaDataset):
 def cut(
     image: np.ndarray, mask: np.ndarray, start: tuple[int, int], size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The part of `size` (height, width) from `start` (row, column) on, which may lie beyond the image's borders."""
+    """Return the part of `size` (height, width) from `start` (row, column) on, which may lie beyond the borders."""
     (top, left), (bottom, right) = start, np.add(start, size)
     height, width = mask.shape
     inside = np.s_[max(0, top) : bottom, max(0, left) : right]
@@ -77,14 +134,39 @@ def cut(
     )
 
 
-def part_to_validate(val_set: CarvanaDataset, crop: tuple[int, int] | None) -> CarvanaDataset:
-    """What an epoch validates on: all of a prepared set, or with crops VAL_PHOTOS of it.
+class Batches(Sampler):
+    """Yields batches of (epoch, position, index): all images in their order, or with a seed shuffled by (seed, epoch).
 
-    Pictures show these reduced until the median photo's longer side is a crop's.
+    Shuffled batches are full: the order continues with its own beginning. Others end with what is left.
+    Under torchrun: this process's shard, which repeats an image where others have one more; that one does not count.
     """
-    if not crop:
-        return val_set
-    own = np.array([np.median(val_set.infos[name]) for name in ("height", "width")])
-    part = val_set.part(VAL_PHOTOS)
-    part.shown = tuple((own * min(1, max(crop) / own.max())).round().astype(int).clip(1).tolist())
-    return part
+
+    def __init__(self, length: int, size: int, seed: int | None = None) -> None:
+        self.length, self.size, self.seed = length, size, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration yields, and how many of its images to skip."""
+        self._epoch, self._start = epoch, start
+
+    def __len__(self) -> int:
+        return math.ceil((self.length - self._start) / self.size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        position = self._start
+        for batch in self.batches(self._epoch, self._start):
+            samples = [(self._epoch, position + number, index) for number, index in enumerate(batch)]
+            position += len(batch)
+            mine = samples[processes.shard(len(batch))]
+            missing = math.ceil(len(batch) / processes.WORLD_SIZE) - len(mine)
+            yield mine + samples[:1] * missing
+
+    def batches(self, epoch: int = 0, start: int = 0) -> list[list[int]]:
+        """Return the indices of all processes' batches of an epoch, from the image at position `start` on."""
+        if self.seed is None:
+            left = np.arange(start, self.length)
+        else:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            end = start + math.ceil((self.length - start) / self.size) * self.size
+            left = order[np.arange(start, end) % self.length]
+        return [left[first : first + self.size].tolist() for first in range(0, len(left), self.size)]

@@ -4,11 +4,11 @@ The padding keeps the output as large as the input, which the paper's network do
 in a few epochs. UNET_architecture.png shows it.
 """
 
-import difflib
-import logging
 import math
-from types import ModuleType
+from collections.abc import Callable
+from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,15 +17,10 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-import distributed
-from decoding import UserError
-from device import Device
-from tiles import slide
-
-
-def size_multiple(features: tuple[int, ...]) -> int:
-    """The multiple to which a U-Net of these features pads height and width; each stage halves them."""
-    return 2 ** len(features)
+from machinery import processes
+from machinery.device import Device
+from machinery.encoders import Encoder
+from machinery.errors import UserError
 
 
 class DoubleConv(nn.Module):
@@ -49,7 +44,7 @@ class DoubleConv(nn.Module):
         return self.layers(x)
 
     def fold_batch_norm(self) -> None:
-        """Makes each BatchNorm in eval mode a part of the convolution before it."""
+        """Make each BatchNorm in eval mode a part of the convolution before it."""
         conv1, norm1, relu1, conv2, norm2, relu2 = self.layers
         self.layers = nn.Sequential(fuse_conv_bn_eval(conv1, norm1), relu1, fuse_conv_bn_eval(conv2, norm2), relu2)
 
@@ -67,105 +62,6 @@ class UpConv(nn.ConvTranspose2d):
         x = F.linear(x.permute(0, 2, 3, 1), kernel, self.bias.repeat(4)).view(batch, height, width, 2, 2, -1)
         x = x.transpose(2, 3).reshape(batch, 2 * height, 2 * width, -1)  # rows of a pixel's two halves, one by one
         return x.permute(0, 3, 1, 2)
-
-
-class Encoder(nn.Module):
-    """A network of timm without its classifier: (N, 3, H, W) -> its features at 1, 1/2, 1/4, ... of the size, a list.
-
-    `channels` holds the channels of each, 0 where the network has no features of that size, for which it gives None.
-    The weights are random until load_pretrained. BatchNorm stays as it was pretrained: what a step's few images would
-    make of it is worse.
-
-    Raises UserError where timm is missing, or its network of that name cannot be an encoder.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        timm = timm_with(name)
-        try:
-            self.network = timm.layers.freeze_batch_norm_2d(timm.create_model(name, features_only=True))
-            self.strides, channels = self.network.feature_info.reduction(), self.network.feature_info.channels()
-            with torch.no_grad():
-                shapes = [tuple(features.shape[1:]) for features in self.network(torch.zeros(1, 3, 64, 96))]
-            fits = shapes == [(number, 64 // s, 96 // s) for number, s in zip(channels, self.strides, strict=True)]
-        except Exception:  # some take images of one size, or have no features: each says so in its own way
-            fits = False
-        if not fits:
-            raise UserError(
-                f"ENCODER {name} has no features at 1/2, 1/4, ... of any image's size: choose another, such as resnet34"
-            )
-        by_stride = dict(zip(self.strides, channels, strict=True))
-        self.channels = [by_stride.get(2**stage, 0) for stage in range(max(self.strides).bit_length())]
-
-    def forward(self, x: Tensor) -> list[Tensor | None]:
-        features = dict(zip(self.strides, self.network(x), strict=True))
-        return [features.get(2**stage) for stage in range(len(self.channels))]
-
-    def load_pretrained(self, file: str | None = None) -> None:
-        """Takes the weights from a file, a state dict in timm's names, or from where timm downloads them.
-
-        Raises UserError where they cannot be had, or are another network's.
-        """
-        timm, options = timm_with(self.name), {"features_only": True, "pretrained": True}
-        if file:
-            options["pretrained_cfg_overlay"] = {"state_dict": read_weights(self.name, file)}
-        else:
-            print(f"Downloading the weights of {self.name}, unless an earlier run has: a minute or so.", flush=True)
-        try:
-            trained = timm.create_model(self.name, **options)
-        except Exception as error:  # what timm downloads with raises many kinds
-            reason = str(error).partition("\n")[0].partition(". ")[0]
-            raise UserError(
-                f"the weights of ENCODER {self.name} cannot be downloaded ({reason}): connect to the internet, or give "
-                "the weights with --encoder-weights FILE"
-            ) from error
-        self.network.load_state_dict(timm.layers.freeze_batch_norm_2d(trained).state_dict())
-
-
-def timm_with(name: str) -> ModuleType:
-    """The package timm, if it is there and has a network of that name. Raises UserError otherwise."""
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"the encoder {name} needs the package timm: pip install timm") from error
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models()) or ["resnet34", "convnext_tiny"]
-        raise UserError(f"timm {timm.__version__} has no encoder {name!r}: set ENCODER to {' or '.join(close)}")
-    if (family := name.partition(".")[0]) != name and name not in (known := timm.list_pretrained(f"{family}.*")):
-        raise UserError(f"timm has no weights {name!r}: set ENCODER to {' or '.join(known) or family}")
-    for package in ("timm", "huggingface_hub"):  # which warn of the classifier's weights, and of each of 12 tries
-        logging.getLogger(package).setLevel(logging.ERROR)
-    return timm
-
-
-def read_weights(name: str, file: str) -> dict[str, Tensor]:
-    """The weights of timm's network of that name, from a file. Raises UserError if they cannot be, or are another's."""
-    timm = timm_with(name)
-    try:
-        weights = timm.models.load_state_dict(file, weights_only=True)
-        shapes = {name: weight.shape for name, weight in weights.items()}
-    except Exception as error:  # files of other kinds raise many kinds
-        raise UserError(f"ENCODER_WEIGHTS: {file} is damaged, or no state dict: download it again") from error
-    with torch.device("meta"):
-        wanted = timm.create_model(name, num_classes=0)
-    needed = {key: weight.shape for key, weight in wanted.state_dict().items() if "num_batches_tracked" not in key}
-    if not needed.items() <= shapes.items():
-        raise UserError(f"ENCODER_WEIGHTS: {file} holds another network than ENCODER {name}: give that one's weights")
-    if not all(weights[key].isfinite().all() for key in needed):
-        raise UserError(f"ENCODER_WEIGHTS: {file} holds weights that are nan or infinite: download it again")
-    return weights
-
-
-def encoder_normalisation(name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple, tuple]:
-    """The mean and std of timm's network; instead those given, with a line, if they are no longer ImageNet's."""
-    timm = timm_with(name)
-    own = timm.get_pretrained_cfg(name)
-    if (mean, std) != (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD):
-        if (mean, std) != (own.mean, own.std):
-            print(f"MEAN and STD are as you have set them; {name} was pretrained with {own.mean} and {own.std}.")
-        return mean, std
-    return own.mean, own.std
 
 
 class UNet(nn.Module):
@@ -227,58 +123,155 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tile and not self.training:
-            return slide(self.look, x, self.tile, self.multiple)
-        return self.look(x)
+            return slide(self.forward_whole, x, self.tile, self.multiple)
+        return self.forward_whole(x)
 
-    def look(self, x: Tensor) -> Tensor:
-        """The logits of images that the network sees as a whole."""
+    def forward_whole(self, x: Tensor) -> Tensor:
+        """Return the logits of images that the network sees as a whole."""
         height, width = x.shape[-2:]
         if height % self.multiple or width % self.multiple:  # every stage is to halve without a remainder
             x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
 
-        *skips, x = self.run(self.encoder, x) if self.encoder else self.encode(x)
+        *skips, x = self.recomputed(self.encoder, x) if self.encoder else self.encode(x)
         for up, up_conv in zip(self.ups, self.up_convs, strict=True):
             x, skip = up(x), skips.pop()
-            x = self.run(up_conv, x if skip is None else torch.cat((skip, x), dim=1))
+            x = self.recomputed(up_conv, x if skip is None else torch.cat((skip, x), dim=1))
 
         return self.head(x)[..., :height, :width]
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """The output of each stage, from full size down, and the bottleneck's."""
+        """Return the output of each stage, from full size down, and the bottleneck's."""
         outputs = []
         for down in self.downs:
-            outputs.append(self.run(down, x))
+            outputs.append(self.recomputed(down, x))
             x = F.max_pool2d(outputs[-1], 2)
-        return [*outputs, self.run(self.bottleneck, x)]
-
-    def start_from(self, foreground: float) -> None:
-        """Makes the first prediction this share of foreground, 0 to 1, for every pixel."""
-        nn.init.constant_(self.head.bias, math.log(foreground / (1 - foreground)))
+        return [*outputs, self.recomputed(self.bottleneck, x)]
 
     def fold_batch_norm(self) -> None:
-        """Makes BatchNorm a part of the convolutions, for prediction: 12 % faster. Needs eval mode."""
+        """Make BatchNorm a part of the convolutions, for prediction: 12 % faster. Needs eval mode."""
         for block in self.modules():
             if isinstance(block, DoubleConv):
                 block.fold_batch_norm()
 
-    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def recomputed(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Call a block; with `checkpointing` its activations are computed again in the backward pass."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
         return block(x)
 
 
-def update_batch_norm(loader: DataLoader, model: UNet, device: Device) -> None:
-    """Sets BatchNorm's running statistics to those of the epoch's last 64 images or more, with today's weights.
+# ---------------------------------------------------------------------------------------------------------------------
+# The network that is trained
+
+
+def build_network(config: dict, checkpointing: bool = False) -> nn.Module:
+    """Make the network that is trained, exported and predicted with. To use another one, return it here.
+
+    It takes images, float32 (N, 3, H, W), and returns logits, (N, 1, H, W). What else is asked of it is optional:
+
+    - `head`, its last layer, and `encoder`, a part that is pretrained: Muon leaves both to Adam. Without a `head`, the
+      last convolution with one output channel gives the first prediction.
+    - `multiple`, to which it pads height and width, and `tile`, the (height, width) at which it sees larger images in
+      eval mode: predict.py --tile needs both.
+    - `fold_batch_norm()`, which predict.py calls once, in eval mode.
+
+    Args:
+        config: {"features": ..., "encoder": ..., "tile": ...}, UNet's arguments from train.py's constants. A checkpoint
+            keeps them under "model", and the same network must be made of them again.
+        checkpointing: whether training keeps few activations, UNet's `checkpointing`.
+    """
+    return UNet(**config, checkpointing=checkpointing)
+
+
+class OnlyLogits(nn.Module):
+    """A network that returns a dictionary with its logits as "out", as torchvision's do: returns these alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)["out"]
+
+
+def size_multiple(features: tuple[int, ...]) -> int:
+    """Return the multiple to which a U-Net of these features pads height and width; each stage halves them."""
+    return 2 ** len(features)
+
+
+def set_first_prediction(model: nn.Module, foreground: float) -> None:
+    """Make the first prediction this share of foreground, 0 to 1, by the bias of the last layer.
+
+    Raises UserError where there is no layer with one output channel.
+    """
+    found = [layer for layer in getattr(model, "head", model).modules() if getattr(layer, "out_channels", 0) == 1]
+    if not found:
+        raise UserError("the network of build_network has no convolution with 1 output channel: make its last one so")
+    if found[-1].bias is not None:
+        nn.init.constant_(found[-1].bias, math.log(foreground / (1 - foreground)))
+
+
+def update_batch_norm(loader: DataLoader, epoch: int, model: nn.Module, device: Device) -> None:
+    """Set BatchNorm's running statistics to those of an epoch's last 64 images or more, with today's weights.
 
     Those kept while training lag behind weights that move fast: Dice after the first epoch was 0.66, with this 0.94.
     From 16 images they vary: a seed of the quick start reached 0.937 instead of 0.956. Layers of other classes, such as
     torchvision's FrozenBatchNorm2d, stay as they are.
     """
-    batches = loader.batch_sampler
-    batches.start = max(0, batches.length - -(-64 // batches.size) * batches.size)
+    order = loader.batch_sampler
+    start = max(0, order.length - math.ceil(64 / order.size) * order.size)
     with device.autocast():
-        update_bn((device.normalised(images) for images, _ in loader), model)
+        update_bn((device.normalised(images) for images, _ in loader.epoch(epoch, start)), model)
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             for statistic in (layer.running_mean, layer.running_var):
-                distributed.all_reduce_sum(statistic).div_(distributed.WORLD_SIZE)
+                processes.all_reduce_sum(statistic).div_(processes.WORLD_SIZE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Large images
+
+
+TILES = 4  # that the network sees at once
+
+
+def fades(length: int, tile: int, multiple: int) -> list[tuple[int, np.ndarray]]:
+    """Return where tiles begin along a side of `length` pixels, and each pixel's weight in each, float32 (tile,).
+
+    Neighbours overlap by a quarter or more. In the middle half of that one fades into the other: what lies nearer to a
+    tile's edge knows too little of its surroundings, and counts for nothing. The weights of a pixel add up to 1. Tiles
+    begin at multiples of `multiple`, as every stage of the network needs; the last one may end beyond the side.
+    """
+    last = max(0, multiple * math.ceil((length - tile) / multiple))
+    starts = [*range(0, last, max(multiple, tile * 3 // 4 // multiple * multiple)), last]
+    weights = np.zeros((len(starts), last + tile), np.float32)
+    position = np.arange(0.5, tile, dtype=np.float32)
+    for number, start in enumerate(starts):
+        before = position if start else np.inf
+        after = position[::-1] if start < last else np.inf
+        weights[number, start : start + tile] = np.clip(2 * np.minimum(before, after) / (tile // 4) - 0.5, 0, 1)
+    weights /= weights.sum(0)
+    return [(start, weights[number, start : start + tile]) for number, start in enumerate(starts)]
+
+
+def slide(network: Callable[[Tensor], Tensor], images: Tensor, tile: tuple[int, int], multiple: int) -> Tensor:
+    """Return the logits (N, 1, H, W) of images (N, C, H, W) of any size, of which the network sees a tile at a time.
+
+    `multiple` is that to which the network pads height and width. Beyond the image its last pixels are repeated.
+    """
+    height, width = images.shape[-2:]
+    tile = [
+        multiple * math.ceil(min(side, whole) / multiple) for side, whole in zip(tile, (height, width), strict=True)
+    ]
+    places = list(product(fades(height, tile[0], multiple), fades(width, tile[1], multiple)))
+    logits = images.new_zeros(len(images), 1, height, width, dtype=torch.float32)
+    for first in range(0, len(places), TILES):
+        some = places[first : first + TILES]
+        parts = [images[..., top : top + tile[0], left : left + tile[1]] for (top, _), (left, _) in some]
+        beyond = [(0, tile[1] - part.shape[-1], 0, tile[0] - part.shape[-2]) for part in parts]
+        parts = torch.cat([F.pad(*both, mode="replicate") for both in zip(parts, beyond, strict=True)])
+        for ((top, rows), (left, columns)), part in zip(some, network(parts).split(len(images)), strict=True):
+            target = logits[..., top : top + tile[0], left : left + tile[1]]
+            fade = torch.from_numpy(np.outer(rows, columns)).to(part.device)
+            target += (part * fade)[..., : target.shape[-2], : target.shape[-1]]
+    return logits

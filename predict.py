@@ -12,42 +12,78 @@ In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model,
 
 import argparse
 import glob
+import math
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps, PngImagePlugin
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 import utils
-from annotations import made_by_hand, write_labelme
-from dataset import NUM_THREADS, in_threads, large_ones_wait
-from decoding import VOID, Rule, Size, UserError, decode_mask, enlarge, read_image, read_opacity, resize, rule_from
-from device import Device, choose_device, memory_errors
-from distributed import RANK, WORLD_SIZE, all_gather_object, process_group, run
-from metrics import boundary_f1, confusion, image_scores, uncertain_share
-from model import UNet
-from pairing import MASK_SUFFIX, SUFFIXES, find_masks, free_name, is_image, other_suffix, passed_over, stem_of
-from settings import Parser, check_ranges, check_writable
-from submission import Submission, check_table, rle_encode
+from machinery.decoding import (
+    NUM_THREADS,
+    VOID,
+    Rule,
+    Size,
+    decode_mask,
+    in_threads,
+    large_ones_wait,
+    read_image,
+    resize,
+    rule_from,
+)
+from machinery.device import Device, choose_device, memory_errors
+from machinery.errors import UserError, run
+from machinery.files import (
+    MASK_SUFFIX,
+    SUFFIXES,
+    check_writable,
+    find_masks,
+    free_name,
+    is_image,
+    other_suffix,
+    passed_over,
+    save_metrics,
+    stem_of,
+)
+from machinery.outputs import (
+    OUTPUTS,
+    Prediction,
+    Submission,
+    check_table,
+    is_ours,
+    load_background,
+    made_by_hand,
+    write_labelme,
+    write_png,
+)
+from machinery.processes import (
+    RANK,
+    WORLD_SIZE,
+    all_gather_object,
+    all_reduce_sum,
+    broadcast_object,
+    process_group,
+    progress,
+)
+from machinery.samples import Samples
+from machinery.settings import Parser, check_ranges
+from machinery.shapes import rle_encode
+from model import build_network
 
 THREADS = min(8, NUM_THREADS)  # that decode and write while the network computes
 SCORES = ("dice", "iou", "pixel_accuracy", "boundary_f1")  # the columns of scores.csv
-TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
-
-# Every PNG says that it is ours, so that none is taken for a photo, and no other file is overwritten.
-SOFTWARE = "predict.py (U-Net for Carvana)"
 
 
 @dataclass
@@ -73,16 +109,27 @@ class Predictor(nn.Module):
         before = checkpoint["preprocessing"]
         self.size: Size = before.get("scale") or (before["height"], before["width"])
         self.rule, self.photo_size = rule_from(checkpoint["rule"]), checkpoint["photo_size"]
-        self.network = UNet(**checkpoint["model"]).eval()
+        self.network = build_network(checkpoint["model"]).eval()
         self.network.load_state_dict(checkpoint["state_dict"])
-        self.network.fold_batch_norm()
+        if hasattr(self.network, "fold_batch_norm"):
+            self.network.fold_batch_norm()
         self.network.to(device.device, device.precision, memory_format=device.memory_format)
         self.device = device
 
     @property
+    def tile(self) -> tuple[int, int] | None:
+        """(height, width) of the tiles in which the network sees larger photos."""
+        return getattr(self.network, "tile", None)
+
+    @property
     def window(self) -> tuple[int, int]:
         """(height, width) of what the network sees at once."""
-        return tuple(self.network.tile or self.size)
+        return tuple(self.tile or self.size)
+
+    @property
+    def has_large_inputs(self) -> bool:
+        """Whether photos are as large as they are, and not all of one size."""
+        return bool(self.tile) or isinstance(self.size, float)
 
     @torch.inference_mode()
     def forward(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
@@ -109,134 +156,39 @@ def predict(model: Predictor, image: np.ndarray, tta: bool = False) -> np.ndarra
     return enlarge(model(small[None], tta)[0], small, image)
 
 
+def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndarray:
+    """Return probabilities at a photo's original size, float32 (H, W), whose edges follow the photo's.
+
+    A fast guided filter (He and Sun 2015, https://arxiv.org/abs/1505.00996): over 5 x 5 pixels of the network each, the
+    probabilities are fitted by a linear function of the brightness, which is enlarged, and applied to the photo. The
+    quick start's mean Dice is 0.9852 with it, 0.9811 with logits enlarged linearly, 0.9800 with masks enlarged. Photos
+    of less than twice the network's size would lose by it, and get their logits enlarged linearly.
+
+    Args:
+        logits, image: the network's output float32 (h, w), and its input uint8 (h, w, 3).
+        photo: uint8 (H, W, 3).
+    """
+    if photo.size < 3.9 * image.size:  # 4 but for the rounding of half a photo's size
+        how = cv2.INTER_AREA if photo.size < image.size else cv2.INTER_LINEAR
+        enlarged = cv2.resize(logits, photo.shape[1::-1], interpolation=how) if image.shape != photo.shape else logits
+        return torch.from_numpy(enlarged).sigmoid().numpy()
+    probabilities = torch.from_numpy(logits).sigmoid().numpy()
+    mean = partial(cv2.blur, ksize=(5, 5))
+    brightness = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    variance = mean(brightness**2) - mean(brightness) ** 2
+    covariance = mean(brightness * probabilities) - mean(brightness) * mean(probabilities)
+    slope = covariance / (variance + 15)  # 15 is a standard deviation of 4 of 255: what varies less is no edge
+    offset = mean(probabilities) - slope * mean(brightness)
+
+    enlarged = cv2.resize(mean(slope), photo.shape[1::-1])
+    brightness = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
+    enlarged *= cv2.GaussianBlur(brightness, (5, 5), 0)  # without its grain, which would fray the edges
+    enlarged += cv2.resize(mean(offset), photo.shape[1::-1])
+    return enlarged.clip(0, 1, out=enlarged)  # in place: a large photo has large arrays
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
-
-
-def soft_edge(probabilities: np.ndarray, threshold: float) -> np.ndarray:
-    """Opacity uint8 (H, W), which falls from 255 to 0 within 3 pixels around the contour of the threshold.
-
-    (probability - threshold) / |gradient| is the distance to the contour to first order. The probabilities themselves
-    fall slowly where photo or network show no clear edge, which would look like a halo.
-    """
-    alpha = np.empty(probabilities.shape, np.uint8)
-    for rows, inner, kept in bands(len(alpha), 1):
-        band = probabilities[rows]
-        gradient = cv2.magnitude(cv2.Sobel(band, -1, 1, 0, scale=1 / 8), cv2.Sobel(band, -1, 0, 1, scale=1 / 8))
-        alpha[kept] = np.clip(255 * ((band - threshold) / (3 * gradient + 1e-3) + 0.5), 0, 255)[inner]
-    return alpha
-
-
-def clean_edge(photo: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The photo, uint8 (H, W, 3), with colours from the inside along the edge, where background has mixed in.
-
-    A colour within 3 pixels of the edge becomes the mean of those further inside, in 13 x 13 pixels. Where there are
-    none, as in things up to 6 pixels thin, it stays as it is.
-    """
-    clean = np.empty_like(photo)
-    for rows, inner, kept in bands(len(photo), 8):
-        inside = cv2.erode(alpha[rows], np.ones((5, 5), np.uint8)) == 255
-        share = cv2.blur(inside.astype(np.float32), (13, 13))[..., None]
-        total = cv2.blur(photo[rows] * inside[..., None].astype(np.float32), (13, 13))
-        is_own = inside[..., None] | (share < 1 / 200)  # one pixel of 13 x 13 is 1 / 169
-        clean[kept] = np.where(is_own, photo[rows], total / np.maximum(share, 1e-3) + 0.5)[inner]
-    return clean
-
-
-def bands(height: int, margin: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Portions of 512 rows, because floats of a whole large photo take too much memory.
-
-    Yields the rows with a margin, those without it among them, and those without it in the whole.
-    """
-    for top in range(0, height, 512):
-        start = max(0, top - margin)
-        yield slice(start, top + 512 + margin), slice(top - start, top - start + 512), slice(top, top + 512)
-
-
-def draw_overlay(photo: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """The photo, uint8 (H, W, 3), with the foreground of a mask, uint8 (H, W) in {0, 255}, tinted and outlined."""
-    picture, thickness = Image.fromarray(photo), 1 + 2 * (max(mask.shape) // 1000)
-    picture.paste(TINT, mask=Image.fromarray(mask // 3))
-    outline = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((thickness + 2, thickness + 2), np.uint8))
-    picture.paste(OUTLINE, mask=Image.fromarray(outline))
-    return picture
-
-
-class Prediction:
-    """What the outputs are drawn from: a photo, uint8 (H, W, 3), its probabilities, float32 (H, W), and the flags.
-
-    `path` is the photo's.
-    """
-
-    def __init__(self, path: Path, photo: np.ndarray, probabilities: np.ndarray, args: argparse.Namespace) -> None:
-        self.path, self.photo, self.probabilities, self.args = path, photo, probabilities, args
-        self.mask = (probabilities > args.threshold) * np.uint8(255)  # (H, W) in {0, 255}
-
-    def sixteen_bits(self) -> Image.Image:
-        picture = np.empty(self.probabilities.shape, np.uint16)
-        for rows, _, _ in bands(len(picture), 0):
-            picture[rows] = (self.probabilities[rows] * 65535).round()
-        return Image.fromarray(picture)
-
-    @cached_property
-    def alpha(self) -> Image.Image:
-        """The object's opacity, and no more than the photo's own, which may be larger than what is drawn."""
-        alpha, opacity = soft_edge(self.probabilities, self.args.threshold), read_opacity(self.path)
-        if opacity is not None:
-            alpha = np.minimum(alpha, resize(Image.fromarray(opacity), alpha.shape))
-        return Image.fromarray(alpha)
-
-    @cached_property
-    def object(self) -> Image.Image:
-        """The photo, with the object's own colours along its edge."""
-        return Image.fromarray(clean_edge(self.photo, np.asarray(self.alpha)))
-
-    def on_background(self) -> Image.Image:
-        """The object on a colour, or on a picture, which covers the photo's size and is cropped to it."""
-        background, size = self.args.background, self.alpha.size
-        is_colour = isinstance(background, tuple)
-        canvas = Image.new("RGB", size, background) if is_colour else ImageOps.fit(background, size)
-        canvas.paste(self.object, mask=self.alpha)
-        return canvas
-
-    def cutout(self) -> Image.Image:
-        return Image.merge("RGBA", (*self.object.split(), self.alpha))
-
-
-# <name>_<kind>.png: what draws it, in this order, and its flag's help. A new output is an entry here.
-OUTPUTS: dict[str, tuple[Callable[[Prediction], Image.Image], str]] = {
-    "mask": (lambda p: Image.fromarray(p.mask), "255 on the object, else 0; the default without --submission"),
-    "overlay": (lambda p: draw_overlay(p.photo, p.mask), "the photo with the mask tinted and outlined"),
-    "probabilities": (Prediction.sixteen_bits, "16 bit, 65535 is 1"),
-    "background": (Prediction.on_background, "the object on white, #rrggbb or image.jpg"),
-    "cutout": (Prediction.cutout, "the object on transparency"),
-}
-
-
-def load_background(text: str) -> tuple[int, ...] | Image.Image:
-    """A colour by name or #rrggbb, or else a picture."""
-    try:
-        return ImageColor.getcolor(text, "RGB")
-    except ValueError as error:
-        if Path(text).is_file():
-            return Image.fromarray(read_image(Path(text)))
-        raise UserError(f"--background {text}: give a colour (white, #rrggbb), or the path of a picture") from error
-
-
-def write_png(path: Path, picture: Image.Image) -> None:
-    """Raises UserError where there is a file that is not ours, and where none can be written."""
-    text = PngImagePlugin.PngInfo()
-    text.add_text("Software", SOFTWARE)
-    with utils.saving(path) as temporary:  # 3 is run lengths: 14 ms a mask instead of 23, 160 a cut-out of 370
-        if path.exists() and not is_ours(path):
-            raise UserError(f"{path} was not written by predict.py: move it away, or choose another --output-dir")
-        picture.save(temporary, "PNG", compress_type=3, pnginfo=text)
-
-
-def is_ours(path: Path) -> bool:
-    with suppress(Exception), Image.open(path) as image:  # Pillow raises many kinds of errors
-        return image.info.get("Software") == SOFTWARE
-    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,33 +242,83 @@ def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:
             print(f"{kind}: {len(lonely)}, such as {lonely[0]}")
 
 
-def decode(photo: Photo, size: Size, rule: Rule | None) -> tuple[Photo, np.ndarray]:
-    with large_ones_wait(photo.path):
-        return photo, read_image(photo.path, size, rule)
+def predict_all(
+    items: Sequence,
+    model: Predictor,
+    decode: Callable[[object], np.ndarray],
+    finish: Callable[[object, np.ndarray, np.ndarray], object],
+    batch_size: int,
+    tta: bool = False,
+    failures: list[str] | None = None,
+) -> Iterator:
+    """Decode, predict and finish items side by side: threads work around the network. Yield finish's results in order.
+
+    Args:
+        decode: item -> the network's input, uint8 (h, w, 3).
+        finish: item, that input, and its logits, float32 (h, w) -> a result.
+        failures: where UserErrors are noted, of items which are then left out; without it they are raised.
+    """
+    batch_size = math.ceil(len(items) / max(1, math.ceil(len(items) / batch_size)))  # 9 photos: 5 and 4, not 8 and 1
+    threads, depth = THREADS, THREADS + batch_size
+    if model.has_large_inputs:  # which differ in size: few wait
+        batch_size, threads, depth = 1, 2, 2
+    with ThreadPoolExecutor(threads) as pool:
+        decoded = in_threads(pool, depth, lambda item: (item, decode(item)), ((item,) for item in items))
+        logits = run_network(model, without_failures(decoded, failures), batch_size, tta)
+        yield from without_failures(in_threads(pool, depth, finish, logits), failures)
 
 
-def without_failures(futures: Iterable[Future], failures: list[str]) -> Iterator:
-    """Yields the futures' results; one that raises UserError is named and left out."""
+def without_failures(futures: Iterable[Future], failures: list[str] | None) -> Iterator:
+    """Yield the futures' results; where `failures` is a list, one that raises UserError is named and left out."""
     for future in futures:
         try:
             result = future.result()
         except UserError as error:
+            if failures is None:
+                raise
             failures.append(str(error))
             tqdm.write(f"skipped: {error}", file=sys.stderr)
         else:
             yield result
 
 
-def run_network(model: Predictor, decoded: Iterator, batch_size: int, args: argparse.Namespace) -> Iterator[tuple]:
-    """(photo, image) -> (photo, image, logits), in batches of equal size.
+def run_network(model: Predictor, decoded: Iterator, batch_size: int, tta: bool) -> Iterator[tuple]:
+    """Turn (item, image) into (item, image, logits), in batches of equal size.
 
     The last one is filled up with copies of its last image: a network is fastest with one shape throughout.
     """
     while batch := list(islice(decoded, batch_size)):
         images = [image for _, image in batch]
-        logits = model(np.stack(images + images[-1:] * (batch_size - len(images))), args.tta)
-        for (photo, image), photo_logits in zip(batch, logits, strict=False):
-            yield photo, image, photo_logits
+        logits = model(np.stack(images + images[-1:] * (batch_size - len(images))), tta)
+        for (item, image), item_logits in zip(batch, logits, strict=False):
+            yield item, image, item_logits
+
+
+def full_size_dice(checkpoint: Path, val_set: Samples, device: Device, batch_size: int) -> tuple[float, float, float]:
+    """Return the mean Dice of validation photos at their original size, as predict.py --mask-dir measures it.
+
+    At threshold 0.5; then the best of 19 thresholds, and the mean Dice at that. The processes share the photos.
+    """
+    model = Predictor(broadcast_object(utils.load_checkpoint, checkpoint), device)
+
+    def decode(index: int) -> np.ndarray:
+        return val_set.sample(index)[0]
+
+    def dice(index: int, image: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        image_path, mask_path = val_set.pairs[index]
+        with large_ones_wait(image_path):
+            photo = image if val_set.size == 1 else read_image(image_path, None, val_set.rule)
+            mask = decode_mask(mask_path, None, val_set.rule)[0]
+            return utils.dice_at_thresholds(enlarge(logits, image, photo), mask == 1, mask != VOID)
+
+    mine, total = range(len(val_set.pairs))[RANK::WORLD_SIZE], np.zeros(19)
+    with progress(total=len(mine), desc="at original size", unit="photo") as bar:
+        for thresholds in predict_all(mine, model, decode, dice, batch_size):
+            total += thresholds
+            bar.update()
+    means = all_reduce_sum(torch.from_numpy(total)).numpy() / len(val_set.pairs)
+    best = max(range(len(means)), key=lambda number: (means[number], -abs(number - 9)))
+    return means[9], (best + 1) / 20, means[best]
 
 
 def finish(
@@ -350,10 +352,21 @@ def score(mask: np.ndarray, path: Path, rule: Rule | None) -> dict[str, float]:
         sizes = [f"{width} x {height}" for height, width in (true_mask.shape, mask.shape)]
         raise UserError(f"{path} is {sizes[0]}, but its photo {sizes[1]}: make the mask again at that size")
     pixels = mask > 0, true_mask == 1, true_mask != VOID
-    counts = confusion(*(torch.from_numpy(part)[None] for part in pixels))
-    scores = {name: value.item() for name, value in image_scores(*(part.double() for part in counts)).items()}
-    scores |= {"boundary_f1": boundary_f1(*pixels)}
+    counts = utils.confusion(*(torch.from_numpy(part)[None] for part in pixels))
+    scores = {name: value.item() for name, value in utils.image_scores(*(part.double() for part in counts)).items()}
+    scores |= {"boundary_f1": utils.boundary_f1(*pixels)}
     return {name: scores[name] for name in SCORES}
+
+
+def uncertain_share(probabilities: np.ndarray) -> float:
+    """Return the share of what may be the object (above 0.2) that is not certain (below 0.8); 0 where nothing may be.
+
+    Probabilities are float32 (H, W).
+
+    An object that the threshold loses altogether counts, too.
+    """
+    possible, certain = (np.count_nonzero(probabilities >= limit) for limit in (0.2, 0.8))
+    return 1 - certain / possible if possible else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,7 +417,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def load_network(args: argparse.Namespace) -> Predictor:
     """The network, set to the size or the tiles that are asked for. Raises UserError."""
     model = load_model(args.checkpoint, args.device)
-    smallest = 4 * model.network.multiple
+    if args.tile is not None and not hasattr(model.network, "multiple"):
+        raise UserError("--tile needs a network with `multiple` and `tile` (build_network in model.py): leave it out")
+    smallest = 4 * getattr(model.network, "multiple", 1)
     if args.tile is not None and args.tile < smallest:
         raise UserError(f"--tile is {args.tile}: set it to at least {smallest}, such as {8 * smallest}")
     is_whole = not isinstance(model.size, float)  # the network was trained on whole photos
@@ -432,22 +447,19 @@ def open_submission(args: argparse.Namespace, photos: list[Photo]) -> Submission
     return Submission(args.submission, [photo.path for photo in photos], key)
 
 
-def predict_all(
+def write_all(
     photos: list[Photo], model: Predictor, args: argparse.Namespace, submission: Submission | None
 ) -> tuple[list[str], list[dict]]:
-    """Decodes, predicts and writes, all three side by side. Returns what failed, a sentence each, and the scores."""
+    """Predict photos and write what is asked for. Returns what failed, a sentence each, and the scores."""
     failures, scores = [], []
-    batches = -(-len(photos) // args.batch_size)
-    batch_size = -(-len(photos) // max(1, batches))  # 9 photos: 5 and 4, not 8 and 1
-    threads, depth = THREADS, THREADS + batch_size
-    if model.network.tile:  # such photos differ in size, and are large: few wait
-        batch_size, threads, depth = 1, 2, 2
-    bar = utils.progress(total=len(photos), desc="predicting", unit="photo")
-    with ThreadPoolExecutor(threads) as pool, bar:
-        decoded = in_threads(pool, depth, decode, ((photo, model.size, model.rule) for photo in photos))
-        logits = run_network(model, without_failures(decoded, failures), batch_size, args)
-        finished = in_threads(pool, depth, finish, ((*item, model.size == 1, model.rule, args) for item in logits))
-        for photo, row, runs in without_failures(finished, failures):
+
+    def decode(photo: Photo) -> np.ndarray:
+        with large_ones_wait(photo.path):
+            return read_image(photo.path, model.size, model.rule)
+
+    write = partial(finish, is_original=model.size == 1, rule=model.rule, args=args)
+    with progress(total=len(photos), desc="predicting", unit="photo") as bar:
+        for photo, row, runs in predict_all(photos, model, decode, write, args.batch_size, args.tta, failures):
             if row:
                 scores.append({"photo": str(photo.path)} | row)
             if submission:
@@ -480,7 +492,7 @@ def main(argv: list[str] | None = None) -> None:
 
     start = time.perf_counter()
     with memory_errors(f"at --batch-size {args.batch_size}: set it to 1, or --size or --tile to less"):
-        results = predict_all(shard, model, args, submission)
+        results = write_all(shard, model, args, submission)
     if submission:
         submission.part.close()
     with process_group(minutes=7 * 24 * 60):  # one may have much larger photos than another
@@ -494,7 +506,7 @@ def main(argv: list[str] | None = None) -> None:
     uncertain = sorted((row for row in rows if "uncertain" in row), key=lambda row: -row["uncertain"])
     print(f"{len(photos) - failed} photos in {time.perf_counter() - start:.1f} s: {args.submission or args.output_dir}")
     if scores:
-        utils.save_metrics(scores, args.output_dir / "scores.csv")
+        save_metrics(scores, args.output_dir / "scores.csv")
         print_scores(scores)
     if uncertain:
         print(f"The least certain of {len(uncertain)} photos, and the share of the object that is:")

@@ -1,17 +1,24 @@
 """Image files -> arrays: how photos and masks are decoded, and what the values of a data set's files mean."""
 
+import math
+import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from machinery.errors import UserError
 
 with suppress(ImportError):  # it is optional, and reads the photos of iPhones
     import pillow_heif
@@ -29,10 +36,6 @@ VOID = 255  # in a decoded mask: nobody says what is there
 
 
 Size = tuple[int, int] | float | None  # to which photos are resized: (height, width), a share of their own, or not
-
-
-class UserError(Exception):
-    """Something in data, settings or a checkpoint that the user can fix; its message is one sentence that says how."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,32 +463,45 @@ def resize(image: Image.Image, size: Size) -> Image.Image:
     return image.resize(size[::-1], Image.Resampling.BOX, reducing_gap=2)  # whole factors first: faster
 
 
-def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndarray:
-    """Probabilities at a photo's original size, float32 (H, W), whose edges follow the photo's.
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs, and many of them side by side
 
-    A fast guided filter (He and Sun 2015, https://arxiv.org/abs/1505.00996): over 5 x 5 pixels of the network each, the
-    probabilities are fitted by a linear function of the brightness, which is enlarged, and applied to the photo. The
-    quick start's mean Dice is 0.9852 with it, 0.9811 with logits enlarged linearly, 0.9800 with masks enlarged. Photos
-    of less than twice the network's size would lose by it, and get their logits enlarged linearly.
 
-    Args:
-        logits, image: the network's output float32 (h, w), and its input uint8 (h, w, 3).
-        photo: uint8 (H, W, 3).
+NUM_THREADS = os.cpu_count() or 1  # that decode and draw side by side: Pillow and OpenCV release the GIL
+LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on at original size, which bounds the memory
+ONE_AT_A_TIME = threading.Lock()
+
+
+def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: Iterable[tuple]) -> Iterator[Future]:
+    """Calls function(*item) in the pool, `depth` calls ahead of the caller. Yields their results' futures, in order."""
+    items, running = iter(items), deque()
+    while True:
+        running.extend(pool.submit(function, *item) for item in islice(items, depth - len(running)))
+        if not running:
+            return
+        yield running.popleft()
+
+
+def large_ones_wait(path: Path) -> AbstractContextManager:
+    """Lets one large photo at a time be worked on."""
+    return ONE_AT_A_TIME if math.prod(image_size(path)) > LARGE else nullcontext()
+
+
+def read_sample(
+    image_path: Path, mask_path: Path, size: Size, rule: Rule | None = None
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int], Note]:
+    """Decodes a pair by a rule, or by what its files alone suggest.
+
+    Returns the image, uint8 (H, W, 3), and the mask, uint8 (H, W) in {0, 1, VOID}, both of `size`, the photo's own
+    (height, width), and a Note. Raises UserError if image and mask differ in size, or cannot be decoded.
     """
-    if photo.size < 3.9 * image.size:  # 4 but for the rounding of half a photo's size
-        how = cv2.INTER_AREA if photo.size < image.size else cv2.INTER_LINEAR
-        enlarged = cv2.resize(logits, photo.shape[1::-1], interpolation=how) if image.shape != photo.shape else logits
-        return torch.from_numpy(enlarged).sigmoid().numpy()
-    probabilities = torch.from_numpy(logits).sigmoid().numpy()
-    mean = partial(cv2.blur, ksize=(5, 5))
-    brightness = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    variance = mean(brightness**2) - mean(brightness) ** 2
-    covariance = mean(brightness * probabilities) - mean(brightness) * mean(probabilities)
-    slope = covariance / (variance + 15)  # 15 is a standard deviation of 4 of 255: what varies less is no edge
-    offset = mean(probabilities) - slope * mean(brightness)
-
-    enlarged = cv2.resize(mean(slope), photo.shape[1::-1])
-    brightness = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
-    enlarged *= cv2.GaussianBlur(brightness, (5, 5), 0)  # without its grain, which would fray the edges
-    enlarged += cv2.resize(mean(offset), photo.shape[1::-1])
-    return enlarged.clip(0, 1, out=enlarged)  # in place: a large photo has large arrays
+    image, own_size, levels, is_turned = decode_image(image_path, size, rule)
+    mask, mask_size, note = decode_mask(mask_path, size, rule)
+    note.levels, note.is_turned = levels, is_turned and not note.is_turned
+    if own_size != mask_size:
+        raise UserError(
+            f"{mask_path} is {mask_size[1]} x {mask_size[0]} pixels, but its image {image_path.name} is "
+            f"{own_size[1]} x {own_size[0]}: "
+            + ("turn the mask upright, as EXIF turns the image" if note.is_turned else "make it again at that size")
+        )
+    return image, mask, own_size, note

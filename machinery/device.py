@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed
-from decoding import VOID, UserError
+from machinery import processes
+from machinery.decoding import VOID
+from machinery.errors import UserError
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -78,7 +79,7 @@ def choose_device(name: str, precision: str = "auto", **normalisation: tuple[flo
     is for one process. Where "auto" finds a GPU that cannot compute, it says why and takes the CPU. `normalisation` is
     Device's mean and std.
     """
-    alone, wanted = distributed.WORLD_SIZE == 1, name
+    alone, wanted = processes.WORLD_SIZE == 1, name
     if name == "auto":
         has_mps = torch.backends.mps.is_available() and alone
         wanted = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -87,8 +88,8 @@ def choose_device(name: str, precision: str = "auto", **normalisation: tuple[flo
     if not alone and wanted == "cuda" and not torch.distributed.is_nccl_available():
         raise UserError('processes on GPUs need NCCL, which this PyTorch lacks: set DEVICE to "cpu", or use Linux')
     if wanted == "cuda":
-        wanted = f"cuda:{distributed.LOCAL_RANK}"
-        if 0 < torch.cuda.device_count() <= distributed.LOCAL_RANK:
+        wanted = f"cuda:{processes.LOCAL_RANK}"
+        if 0 < torch.cuda.device_count() <= processes.LOCAL_RANK:
             raise UserError(f"there are {torch.cuda.device_count()} GPUs here: set --nproc_per_node to that")
     try:
         device = torch.device(wanted)
@@ -122,7 +123,7 @@ def choose_num_workers(number: int, device: Device) -> int:
     if number >= 0:
         return number
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 0 if device.device.type == "cpu" else max(1, min(8, cores // distributed.LOCAL_WORLD_SIZE))
+    return 0 if device.device.type == "cpu" else max(1, min(8, cores // processes.LOCAL_WORLD_SIZE))
 
 
 def tune(device: Device) -> None:
@@ -150,22 +151,27 @@ def should_compile(setting: str, device: Device, steps: int) -> bool:
     Compiling takes about a minute, in which a large GPU takes thousands of steps. The steps are those of the whole run,
     so that continuing computes alike.
     """
-    is_long = steps >= 5000 and device.device.type == "cuda" and distributed.WORLD_SIZE == 1
+    is_long = steps >= 5000 and device.device.type == "cuda" and processes.WORLD_SIZE == 1
     return setting == "yes" or (setting == "auto" and is_long)
 
 
-def compiled_and_parallel(model: nn.Module, shape: tuple, device: Device, setting: str, steps: int) -> Callable:
-    """The model as a run of so many steps calls it: compiled if COMPILE says so, under torchrun sharing its gradients.
+def to_device(model: nn.Module, shape: tuple, device: Device, setting: str, steps: int) -> tuple[nn.Module, Callable]:
+    """Move a network to the device; return it, and what a run of so many steps calls in its place.
 
-    `shape` is that of the images, (N, 3, H, W).
+    That is compiled if COMPILE says so, and shares its gradients under torchrun, where BatchNorm on CUDA sees the whole
+    batch. `shape` is that of all processes' images, (N, 3, H, W).
     """
+    model.to(device.device, memory_format=device.memory_format)
+    if processes.WORLD_SIZE > 1 and device.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    shape = (shape[0] // processes.WORLD_SIZE, *shape[1:])
     forward = compile_model(model, shape, device) if should_compile(setting, device, steps) else model
-    if distributed.WORLD_SIZE > 1:
+    if processes.WORLD_SIZE > 1:
         forward = DistributedDataParallel(forward)
         # It arranges its exchange after the first backward pass. A run that continues would do so after another step
         # than one that was never stopped, and sums of three and more gradients would be rounded otherwise.
         rehearse(forward, model, shape, device)
-    return forward
+    return model, forward
 
 
 def compile_model(model: nn.Module, shape: tuple, device: Device) -> Callable:
@@ -205,6 +211,6 @@ def memory_errors(advice: str) -> Iterator[None]:
             ) from error
         if "by signal: Killed" in cause:
             raise UserError("the system has killed a worker, most likely for memory: lower NUM_WORKERS") from error
-        if isinstance(error, MemoryError) or distributed.is_out_of_memory(error):
+        if isinstance(error, MemoryError) or processes.is_out_of_memory(error):
             raise UserError(f"out of memory {advice}") from error
         raise

@@ -1,12 +1,17 @@
 """Names of files: which of them are photos and masks, and which mask belongs to which photo."""
 
+import csv
+import errno
 import os
 import shlex
+import shutil
+import tempfile
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from decoding import UserError
+from machinery.errors import UserError
 
 # The endings of photos and masks, in the order in which masks are sought
 SUFFIXES = (".gif", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp", ".jfif", ".jpe", ".avif", ".jp2", ".ppm")
@@ -118,3 +123,69 @@ def free_name(stem: str, taken: set[str]) -> str:
         name = f"{stem}-{number}"
     taken.add(key_of(name))
     return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are written
+
+
+@contextmanager
+def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Yields a temporary path that takes the place of `path` when the block has ended well: no file is half written.
+
+    The file that was there is kept as `previous`, if that is given.
+    """
+    name = f"{path.name}.tmp"
+    if len(os.fsencode(name)) > 255:  # which is the longest that most disks allow
+        name = f"{path.name[:-4]}.tmp"
+    temporary = path.with_name(name)
+    try:
+        yield temporary
+        if previous and path.exists():
+            path.replace(previous)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy(file: Path, target: Path) -> None:
+    with written_whole(target) as temporary:
+        shutil.copyfile(file, temporary)
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, or one that knows no hard links
+        copy(file, target)
+
+
+@contextmanager
+def saving(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """written_whole that raises UserError where `path` cannot be written."""
+    try:
+        with written_whole(path, previous) as temporary:
+            yield temporary
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        is_too_long = getattr(error, "errno", None) == errno.ENAMETOOLONG
+        advice = "shorten the photo's name" if is_too_long else "make room, close what holds it, continue"
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} could not be written ({reason}): {advice}") from error
+
+
+def save_metrics(rows: list[dict], path: Path) -> None:
+    """Writes metrics.csv, a row for each epoch, or scores.csv, a row for each photo. Rows may lack newer columns."""
+    table = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # a name may be no text
+    with saving(path) as temporary, temporary.open("w", **table) as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Creates the folder that a setting names. Raises UserError where no file can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{setting}: {folder} cannot be written ({error.strerror}): choose another folder") from error

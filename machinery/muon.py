@@ -11,8 +11,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from decoding import UserError
-
 ROWS = 64  # at most, of a block that is orthogonalized by itself: as good as 128, in half the time
 
 
@@ -138,16 +136,3 @@ def adam_(weights: list[Tensor], states: dict[Tensor, dict], lr: float) -> None:
     torch._foreach_sqrt_(scales)
     torch._foreach_add_(scales, 1e-8)
     torch._foreach_addcdiv_(weights, means, scales, [-lr / (1 - 0.9**step) for step in steps])
-
-
-def restore(optimizer: torch.optim.Optimizer, name: str, state: dict) -> None:
-    """Continues with the state dict of an optimizer of that name, at today's rates. Raises UserError for another's."""
-    todays = [dict(group, params=None) for group in optimizer.param_groups]
-    try:
-        if name != (now := type(optimizer).__name__):
-            raise ValueError(f"{name}, not {now}")
-        optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise UserError(f"the checkpoint is of another optimizer ({error}): use that one, or train anew") from error
-    for group, options in zip(optimizer.param_groups, todays, strict=True):
-        group |= options | {name: group[name] for name in ("params", "lr")}  # today's LEARNING_RATE and so on

@@ -3,43 +3,28 @@
 https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
 """
 
+import argparse
 import csv
 import glob
 import gzip
+import hashlib
 import json
+import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
+import cv2
 import numpy as np
+from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 
-from decoding import UserError
-from settings import check_writable
-from utils import saving
-
-
-def rle_encode(mask: np.ndarray) -> str:
-    """Runs of a mask (H, W), which is foreground where it is not 0: "start length start length ...".
-
-    Pixels count from 1, row by row from the top left; an empty mask gives "".
-    https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
-    """
-    pixels = np.zeros(mask.size + 2, bool)  # with background before the first and after the last
-    pixels[1:-1] = mask.ravel() != 0
-    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    changes[1::2] -= changes[::2]
-    return " ".join(map(str, changes.tolist()))
-
-
-def rle_decode(runs: str, size: tuple[int, int]) -> np.ndarray:
-    """The mask of that (height, width) that rle_encode has encoded: uint8 (H, W) in {0, 1}."""
-    numbers = np.array(runs.split(), np.int64)
-    mask = np.zeros(size, np.uint8)
-    for start, length in zip(numbers[::2] - 1, numbers[1::2], strict=True):
-        mask.ravel()[start : start + length] = 1
-    return mask
+from machinery.decoding import read_image, read_opacity, resize
+from machinery.errors import UserError
+from machinery.files import check_writable, saving
+from machinery.shapes import outlines
 
 
 class Submission:
@@ -103,3 +88,196 @@ def check_table(path: Path, columns: str) -> None:
     except (OSError, EOFError, ValueError, zlib.error):  # a folder, or no text
         pass
     raise UserError(f"{path} was not written by predict.py: move it away, or choose another name")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
+# Every PNG says that it is ours, so that none is taken for a photo, and no other file is overwritten.
+SOFTWARE = "predict.py (U-Net for Carvana)"
+
+
+def soft_edge(probabilities: np.ndarray, threshold: float) -> np.ndarray:
+    """Opacity uint8 (H, W), which falls from 255 to 0 within 3 pixels around the contour of the threshold.
+
+    (probability - threshold) / |gradient| is the distance to the contour to first order. The probabilities themselves
+    fall slowly where photo or network show no clear edge, which would look like a halo.
+    """
+    alpha = np.empty(probabilities.shape, np.uint8)
+    for rows, inner, kept in bands(len(alpha), 1):
+        band = probabilities[rows]
+        gradient = cv2.magnitude(cv2.Sobel(band, -1, 1, 0, scale=1 / 8), cv2.Sobel(band, -1, 0, 1, scale=1 / 8))
+        alpha[kept] = np.clip(255 * ((band - threshold) / (3 * gradient + 1e-3) + 0.5), 0, 255)[inner]
+    return alpha
+
+
+def clean_edge(photo: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The photo, uint8 (H, W, 3), with colours from the inside along the edge, where background has mixed in.
+
+    A colour within 3 pixels of the edge becomes the mean of those further inside, in 13 x 13 pixels. Where there are
+    none, as in things up to 6 pixels thin, it stays as it is.
+    """
+    clean = np.empty_like(photo)
+    for rows, inner, kept in bands(len(photo), 8):
+        inside = cv2.erode(alpha[rows], np.ones((5, 5), np.uint8)) == 255
+        share = cv2.blur(inside.astype(np.float32), (13, 13))[..., None]
+        total = cv2.blur(photo[rows] * inside[..., None].astype(np.float32), (13, 13))
+        is_own = inside[..., None] | (share < 1 / 200)  # one pixel of 13 x 13 is 1 / 169
+        clean[kept] = np.where(is_own, photo[rows], total / np.maximum(share, 1e-3) + 0.5)[inner]
+    return clean
+
+
+def bands(height: int, margin: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Portions of 512 rows, because floats of a whole large photo take too much memory.
+
+    Yields the rows with a margin, those without it among them, and those without it in the whole.
+    """
+    for top in range(0, height, 512):
+        start = max(0, top - margin)
+        yield slice(start, top + 512 + margin), slice(top - start, top - start + 512), slice(top, top + 512)
+
+
+def draw_overlay(photo: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """The photo, uint8 (H, W, 3), with the foreground of a mask, uint8 (H, W) in {0, 255}, tinted and outlined."""
+    picture, thickness = Image.fromarray(photo), 1 + 2 * (max(mask.shape) // 1000)
+    picture.paste(TINT, mask=Image.fromarray(mask // 3))
+    outline = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((thickness + 2, thickness + 2), np.uint8))
+    picture.paste(OUTLINE, mask=Image.fromarray(outline))
+    return picture
+
+
+class Prediction:
+    """What the outputs are drawn from: a photo, uint8 (H, W, 3), its probabilities, float32 (H, W), and the flags.
+
+    `path` is the photo's.
+    """
+
+    def __init__(self, path: Path, photo: np.ndarray, probabilities: np.ndarray, args: argparse.Namespace) -> None:
+        self.path, self.photo, self.probabilities, self.args = path, photo, probabilities, args
+        self.mask = (probabilities > args.threshold) * np.uint8(255)  # (H, W) in {0, 255}
+
+    def sixteen_bits(self) -> Image.Image:
+        picture = np.empty(self.probabilities.shape, np.uint16)
+        for rows, _, _ in bands(len(picture), 0):
+            picture[rows] = (self.probabilities[rows] * 65535).round()
+        return Image.fromarray(picture)
+
+    @cached_property
+    def alpha(self) -> Image.Image:
+        """The object's opacity, and no more than the photo's own, which may be larger than what is drawn."""
+        alpha, opacity = soft_edge(self.probabilities, self.args.threshold), read_opacity(self.path)
+        if opacity is not None:
+            alpha = np.minimum(alpha, resize(Image.fromarray(opacity), alpha.shape))
+        return Image.fromarray(alpha)
+
+    @cached_property
+    def object(self) -> Image.Image:
+        """The photo, with the object's own colours along its edge."""
+        return Image.fromarray(clean_edge(self.photo, np.asarray(self.alpha)))
+
+    def on_background(self) -> Image.Image:
+        """The object on a colour, or on a picture, which covers the photo's size and is cropped to it."""
+        background, size = self.args.background, self.alpha.size
+        is_colour = isinstance(background, tuple)
+        canvas = Image.new("RGB", size, background) if is_colour else ImageOps.fit(background, size)
+        canvas.paste(self.object, mask=self.alpha)
+        return canvas
+
+    def cutout(self) -> Image.Image:
+        return Image.merge("RGBA", (*self.object.split(), self.alpha))
+
+
+# <name>_<kind>.png: what draws it, in this order, and its flag's help. A new output is an entry here.
+OUTPUTS: dict[str, tuple[Callable[[Prediction], Image.Image], str]] = {
+    "mask": (lambda p: Image.fromarray(p.mask), "255 on the object, else 0; the default without --submission"),
+    "overlay": (lambda p: draw_overlay(p.photo, p.mask), "the photo with the mask tinted and outlined"),
+    "probabilities": (Prediction.sixteen_bits, "16 bit, 65535 is 1"),
+    "background": (Prediction.on_background, "the object on white, #rrggbb or image.jpg"),
+    "cutout": (Prediction.cutout, "the object on transparency"),
+}
+
+
+def load_background(text: str) -> tuple[int, ...] | Image.Image:
+    """A colour by name or #rrggbb, or else a picture."""
+    try:
+        return ImageColor.getcolor(text, "RGB")
+    except ValueError as error:
+        if Path(text).is_file():
+            return Image.fromarray(read_image(Path(text)))
+        raise UserError(f"--background {text}: give a colour (white, #rrggbb), or the path of a picture") from error
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Raises UserError where there is a file that is not ours, and where none can be written."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Software", SOFTWARE)
+    with saving(path) as temporary:  # 3 is run lengths: 14 ms a mask instead of 23, 160 a cut-out of 370
+        if path.exists() and not is_ours(path):
+            raise UserError(f"{path} was not written by predict.py: move it away, or choose another --output-dir")
+        picture.save(temporary, "PNG", compress_type=3, pnginfo=text)
+
+
+def is_ours(path: Path) -> bool:
+    with suppress(Exception), Image.open(path) as image:  # Pillow raises many kinds of errors
+        return image.info.get("Software") == SOFTWARE
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LabelMe's files
+
+
+def made_by_hand(photo: Path, path: Path) -> Path | None:
+    """The file of outlines that a person has made or saved: one of LabelMe beside the photo, or whatever is at `path`.
+
+    None where there is none, or one that is as predict.py wrote it. Raises UserError for one that cannot be read.
+    """
+    for file in filter(Path.exists, (photo.with_suffix(".json"), path)):
+        content = None
+        try:
+            with suppress(ValueError, RecursionError):
+                content = json.loads(file.read_text("utf-8-sig"))
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}): move it away") from error
+        is_labelme = isinstance(content, dict) and "shapes" in content
+        if not is_untouched(content) and (is_labelme or file == path):
+            return file
+    return None
+
+
+def write_labelme(path: Path, mask: np.ndarray, photo: Path, label: str, min_area: int) -> None:
+    """Writes a mask, uint8 (H, W), in which 0 is background, as polygons that LabelMe opens.
+
+    https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py
+    """
+    try:
+        image_path = Path(os.path.relpath(photo, path.parent))
+    except ValueError:  # on Windows, where it is on another disk
+        image_path = photo.absolute()
+    content = {
+        "version": "5.5.0",
+        "flags": {},
+        "shapes": [
+            {"label": label, "points": ring.tolist(), "group_id": None, "shape_type": "polygon", "flags": {}}
+            for ring in outlines(mask, min_area)
+        ],
+        "imagePath": image_path.as_posix(),
+        "imageData": None,
+        "imageHeight": mask.shape[0],
+        "imageWidth": mask.shape[1],
+    }
+    with saving(path) as temporary:
+        temporary.write_text(json.dumps(content | {"predicted": digest(content)}), encoding="utf-8")
+
+
+def digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def is_untouched(content: object) -> bool:
+    """Whether predict.py wrote it, and nobody has saved it since: LabelMe keeps `predicted`, and adds to the rest."""
+    if not isinstance(content, dict):
+        return False
+    return content.get("predicted") == digest({name: content[name] for name in content if name != "predicted"})

@@ -6,41 +6,35 @@ A run in one process calls the same functions, which then do nothing.
 import os
 import re
 import signal
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from decoding import UserError
+from machinery.errors import Lost, Stopped
 
 # torchrun's names: this process and how many there are, the same on its machine, and how often torchrun restarted it.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+TIMEOUT_MINUTES = float(os.environ.get("TIMEOUT_MINUTES", 10))  # until a process that is silent counts as lost
+
+progress = partial(tqdm, leave=False, disable=None if RANK == 0 else True)  # None: not without a terminal
 
 # Part of every message about another process. When gloo has waited too long for one, it tells its other operations
 # "Application timeout caused pair closure", and any of them may be the first that train.py hears of.
 ABOUT_OTHERS = re.compile("gloo|nccl|pair closure", re.IGNORECASE)
 
 
-class Lost(UserError):
-    """Another process cannot be reached; that one may know why."""
-
-
 @contextmanager
-def process_group(minutes: float) -> Iterator[None]:
+def process_group(minutes: float = TIMEOUT_MINUTES) -> Iterator[None]:
     """Connects the processes: NCCL for CUDA's tensors, gloo for the CPU's. All but the first print nothing.
 
     Raises Lost where another process has ended, or has not been heard of for so many minutes.
@@ -79,16 +73,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What processes exchange
-
-
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Lets the first process of each machine finish the block before the others begin it."""
-    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
-        dist.barrier()
-    yield
-    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
-        dist.barrier()
 
 
 def shard(count: int, rank: int = RANK) -> slice:
@@ -151,14 +135,6 @@ def no_sync(model: nn.Module, is_last: bool) -> AbstractContextManager:
 # Signals
 
 
-class Stopped(Exception):
-    """A signal asked the run to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signal = signum
-
-
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _pending: list[int] = []  # signals that have arrived and wait for stop_if_asked
 
@@ -216,62 +192,3 @@ def ignore_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The end
-
-
-@contextmanager
-def reserved(s: SimpleNamespace) -> Iterator[None]:
-    """Reserves CHECKPOINT and SAVED_IMAGES_DIR for this run. Raises UserError where another one uses them."""
-    path = Path(s.checkpoint)
-    files = {"CHECKPOINT": path.with_name(f".{path.name}.lock"), "SAVED_IMAGES_DIR": Path(s.saved_images_dir, ".lock")}
-    with ExitStack() as locks:
-        for setting, file in files.items() if RANK == 0 else ():
-            try:
-                try:
-                    locks.enter_context(FileLock(file, timeout=0))
-                except Timeout:
-                    tqdm.write(f"Another run is writing there: waiting {LOCK_SECONDS} seconds for its end.")
-                    locks.enter_context(FileLock(file, timeout=LOCK_SECONDS))
-            except Timeout as error:
-                used = f"{setting} {getattr(s, setting.lower())}"
-                raise UserError(f"{used} is in use by another run: wait for its end, or choose another") from error
-            except (OSError, NotImplementedError):
-                tqdm.write(f"{file} cannot be locked on this disk: start no second run that writes there.")
-        yield
-
-
-def run(main: Callable[[], None]) -> None:
-    """Calls a script's main. A user's error ends it with one line and exit status 1, a signal with 128 + its number."""
-    status: int | str = 0
-    wait = 10 if RANK else 0  # seconds: most errors are everyone's, and the first process is to say it
-    with suppress(AttributeError):  # in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    try:
-        main()
-    except Stopped as stopped:
-        status, wait = 128 + stopped.signal, 0
-    except UserError as error:  # from a DataLoader's worker it arrives with the worker's traceback before it
-        status = "error: " + str(error).rpartition("decoding.UserError: ")[2].strip()
-        if isinstance(error, Lost):  # the one that was lost may still want to say why
-            print(status, file=sys.stderr, flush=True)
-            status, wait = 1, 20
-    except KeyboardInterrupt:
-        status = 130
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    # Here the exception is gone, and with it the DataLoader that its frames held, and its workers
-    if status:
-        time.sleep(wait)  # during which torchrun ends this process, if another one has ended
-    # A group that is left after an error may wait for ever for a process that is gone, and threads of one that has
-    # ended well have aborted the interpreter's end ("terminate called without an active exception")
-    if WORLD_SIZE > 1 or dist.is_initialized():
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else 1)
-    sys.exit(status)

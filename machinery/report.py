@@ -11,6 +11,7 @@ import cv2
 import jinja2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -18,15 +19,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import NUM_THREADS, CarvanaDataset, describe
-from decoding import VOID, UserError
-from tiles import pooled
-from utils import save_grid, save_predictions_as_imgs, saving
+from machinery.decoding import NUM_THREADS, VOID
+from machinery.errors import UserError
+from machinery.files import save_metrics, saving
+from machinery.samples import Samples, describe
 
 # Colours that colour-blind people can tell apart: Okabe and Ito, https://jfly.uni-koeln.de/color/
 TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (86, 180, 233), (240, 228, 66), (213, 94, 0)
 BLUE, VERMILION = "#0072b2", "#d55e00"
 PAGE_WIDTH = 480  # pixels of a photo on the page, at most
+PAGE_PHOTOS = 1000  # on the page, at most: more make it slow
 
 
 class Report:
@@ -35,20 +37,34 @@ class Report:
     Its methods raise UserError where something could not be written.
 
     Args:
-        s: train.py's settings.
-        train_set, val_set: the prepared data.
+        folder: for pictures, metrics.csv and the page.
+        train_set, val_set: the prepared data; prints what they hold.
+        part: of val_set, on which epochs are validated.
+        settings: the page shows them.
+        save_masks: saves a batch's masks: (predictions, true masks, number of the batch, folder).
     """
 
-    def __init__(self, s: SimpleNamespace, train_set: CarvanaDataset, val_set: CarvanaDataset) -> None:
-        self.folder, self.data, self.settings = Path(s.saved_images_dir), val_set, vars(s)
-        self.data_report = describe(train_set, val_set.whole)
-        shown = np.linspace(0, len(val_set) - 1, min(s.page_photos, len(val_set))).round().astype(int)  # evenly spaced
+    def __init__(
+        self,
+        folder: Path,
+        train_set: Samples,
+        val_set: Samples,
+        part: Samples,
+        settings: dict[str, object],
+        save_masks: Callable[[np.ndarray, np.ndarray, int, Path], None],
+    ) -> None:
+        self.folder, self.data, self.settings, self.save_masks = Path(folder), part, settings, save_masks
+        print(data_report := describe(train_set, val_set))
+        self.data_report = data_report
+        shown = np.linspace(0, len(part) - 1, min(PAGE_PHOTOS, len(part))).round().astype(int)  # evenly spaced
         self.pictures = {index: {} for index in shown.tolist()}  # of the photos on the page, by their index
         self.batches = self.photos = 0  # of the validation under way
-        self.board = tensorboard_writer(s.tensorboard_dir, vars(s)) if s.tensorboard_dir else None
+        self.board = None
 
     def __enter__(self) -> "Report":
         self.threads, self.pending = ThreadPoolExecutor(min(8, NUM_THREADS)), list[Future]()
+        if self.settings["tensorboard_dir"]:
+            self.board = tensorboard_writer(self.settings["tensorboard_dir"], self.settings)
         return self
 
     def __exit__(self, error: type | None, *_: object) -> None:
@@ -56,12 +72,12 @@ class Report:
         if not error:
             self._end()
 
-    def begin(self, epoch: int) -> Callable[[Tensor, Tensor], None] | None:
-        """Begins an epoch's pictures: returns what is to be called with logits and Dice of each validation batch.
+    def begin(self, epoch: int, is_last: bool) -> Callable[[Tensor, Tensor], None] | None:
+        """Begin an epoch's pictures: return what is to be called with logits and Dice of each validation batch.
 
         Where the pictures before are not done, this epoch gets none, and a line says so. The last epoch waits for them.
         """
-        self.is_drawing = epoch == self.settings["num_epochs"] or all(future.done() for future in self.pending)
+        self.is_drawing = is_last or all(future.done() for future in self.pending)
         if not self.is_drawing:
             tqdm.write(f"Epoch {epoch} gets no pictures: those before it are still being drawn.")
             return None
@@ -85,12 +101,13 @@ class Report:
         self.batches, self.photos = self.batches + 1, self.photos + len(logits)
 
     def finish(self, history: list[dict], photo_dice: list[list[float]]) -> None:
-        """Queues curves and page for drawing, after an epoch's last batch.
+        """Write metrics.csv, and queue curves and page for drawing, after an epoch's last batch.
 
         Args:
             history: the rows of metrics.csv.
             photo_dice: each validation photo's Dice in each epoch.
         """
+        save_metrics(history, self.folder / "metrics.csv")
         if self.board:
             for name, value in history[-1].items():
                 self.board.add_scalar(name, value, len(history))
@@ -106,7 +123,7 @@ class Report:
         samples = (self.data.sample(first + offset) for offset in range(len(predictions)))
         images, masks = zip(*(reduced(*sample, predictions.shape[1:]) for sample in samples), strict=True)
         masks, voids = np.stack(masks) == 1, np.stack(masks) == VOID
-        save_predictions_as_imgs(predictions, np.where(voids, np.uint8(128), masks * np.uint8(255)), batch, self.folder)
+        self.save_masks(predictions, np.where(voids, np.uint8(128), masks * np.uint8(255)), batch, self.folder)
         tiles = []
         for offset, (image, mask, void, prediction) in enumerate(zip(images, masks, voids, predictions, strict=True)):
             layer = errors(mask, prediction, void)
@@ -309,3 +326,22 @@ def log_overlays(board: object, epoch: int, folder: Path, batches: int) -> None:
         overlay = cv2.cvtColor(cv2.imread(str(folder / f"overlay_{batch}.png")), cv2.COLOR_BGR2RGB)
         board.add_image(f"overlay_{batch}", overlay, epoch, dataformats="HWC")
     board.flush()
+
+
+def pooled(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures (N, C, H, W) at `size` (height, width): each pixel is the largest of those that it stands for."""
+    if pictures.is_mps:  # which has it for whole factors alone
+        pictures = pictures.cpu()
+    return F.adaptive_max_pool2d(pictures, size)
+
+
+def save_grid(pictures: np.ndarray, path: Path) -> None:
+    """Saves pictures, uint8 (N, H, W) or (N, H, W, 3), in 4 columns with grey lines between them as one PNG."""
+    count, height, width = pictures.shape[:3]
+    columns, rows = min(4, count), -(-count // 4)
+    grid = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, *pictures.shape[3:]), 128, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = 2 + number // 4 * (height + 2), 2 + number % 4 * (width + 2)
+        grid[top : top + height, left : left + width] = picture
+    with saving(path) as temporary:
+        Image.fromarray(grid).save(temporary, "PNG", compress_type=3)  # run lengths: faster

@@ -19,11 +19,12 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from decoding import UserError
-from pairing import MASK_SUFFIX
+from machinery.errors import UserError
+from machinery.files import MASK_SUFFIX
 
 VIEWS = 16  # photos of a car, 22.5 degrees apart
 HEIGHT, WIDTH = 1280, 1918  # of a photo in pixels, as in Carvana
@@ -437,7 +438,7 @@ def draw_dataset(
 
 
 def use_sample_if_empty(s: SimpleNamespace) -> None:
-    """Draws cars and makes them the data of train.py's settings, while the four folders of data/ are all empty."""
+    """Draw cars and make them the data of train.py's settings, while the four folders of data/ are all empty."""
     folders = (s.train_img_dir, s.train_mask_dir, s.val_img_dir, s.val_mask_dir)
     if folders != ("data/train_images", "data/train_masks", "data/val_images", "data/val_masks"):
         return
@@ -446,11 +447,12 @@ def use_sample_if_empty(s: SimpleNamespace) -> None:
             return
     sample = Path("data/sample")
     print(f"data/ has no photos of yours yet: training on drawn cars in {sample}/")
-    if not sample.exists():
-        try:
-            draw_dataset(sample)
-        except OSError as error:
-            raise UserError(f"{sample} cannot be drawn ({error}): make room for 20 MB there") from error
+    try:
+        with FileLock(sample.with_suffix(".lock")):  # of several processes one draws and the others wait
+            if not sample.exists():
+                draw_dataset(sample)
+    except OSError as error:
+        raise UserError(f"{sample} cannot be drawn ({error}): make room for 20 MB there") from error
     s.train_img_dir, s.train_mask_dir = str(sample / "train_images"), str(sample / "train_masks")
     s.val_img_dir, s.val_mask_dir = str(sample / "val_images"), str(sample / "val_masks")
     s.mask_suffix = MASK_SUFFIX

@@ -1,4 +1,4 @@
-"""Files -> samples: decodes pairs of images and masks once, serves them as CarvanaDataset, and puts them in order."""
+"""A set of pairs, decoded once into a memory-mapped file, and the report of what it holds."""
 
 import hashlib
 import json
@@ -8,41 +8,34 @@ import re
 import shutil
 import threading
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from copy import copy as shallow_copy
 from dataclasses import asdict
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
-from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-import distributed
-from augmentation import Step, augment
-from decoding import (
+from machinery.decoding import (
+    NUM_THREADS,
     VOID,
     Note,
     Rule,
-    Size,
-    UserError,
-    decode_image,
-    decode_mask,
     image_size,
+    in_threads,
+    large_ones_wait,
+    read_sample,
     resized,
     rule_from,
     value_shares,
 )
-from pairing import MASK_SUFFIX, files_in, find_pairs, passed_over
+from machinery.errors import UserError
+from machinery.files import MASK_SUFFIX, files_in, find_pairs, passed_over, written_whole
 
-NUM_THREADS = os.cpu_count() or 1  # that decode and draw side by side: Pillow and OpenCV release the GIL
-LARGE = 25_000_000  # pixels; of the photos above, one at a time is worked on at original size, which bounds the memory
-ONE_AT_A_TIME = threading.Lock()
 DECODER = 4  # part of the cache's key: raise it when decoding changes
 
 # What is known of a pair: the photo's original size; the shares of foreground in the known part of the sample's mask,
@@ -55,72 +48,6 @@ INFO = np.dtype(
 )  # fmt: skip
 
 
-@contextmanager
-def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Yields a temporary path that takes the place of `path` when the block has ended well: no file is half written.
-
-    The file that was there is kept as `previous`, if that is given.
-    """
-    name = f"{path.name}.tmp"
-    if len(os.fsencode(name)) > 255:  # which is the longest that most disks allow
-        name = f"{path.name[:-4]}.tmp"
-    temporary = path.with_name(name)
-    try:
-        yield temporary
-        if previous and path.exists():
-            path.replace(previous)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def copy(file: Path, target: Path) -> None:
-    with written_whole(target) as temporary:
-        shutil.copyfile(file, temporary)
-
-
-def link_or_copy(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # another disk, or one that knows no hard links
-        copy(file, target)
-
-
-def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: Iterable[tuple]) -> Iterator[Future]:
-    """Calls function(*item) in the pool, `depth` calls ahead of the caller. Yields their results' futures, in order."""
-    items, running = iter(items), deque()
-    while True:
-        running.extend(pool.submit(function, *item) for item in islice(items, depth - len(running)))
-        if not running:
-            return
-        yield running.popleft()
-
-
-def large_ones_wait(path: Path) -> AbstractContextManager:
-    """Lets one large photo at a time be worked on."""
-    return ONE_AT_A_TIME if math.prod(image_size(path)) > LARGE else nullcontext()
-
-
-def read_sample(
-    image_path: Path, mask_path: Path, size: Size, rule: Rule | None = None
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int], Note]:
-    """Decodes a pair by a rule, or by what its files alone suggest.
-
-    Returns the image, uint8 (H, W, 3), and the mask, uint8 (H, W) in {0, 1, VOID}, both of `size`, the photo's own
-    (height, width), and a Note. Raises UserError if image and mask differ in size, or cannot be decoded.
-    """
-    image, own_size, levels, is_turned = decode_image(image_path, size, rule)
-    mask, mask_size, note = decode_mask(mask_path, size, rule)
-    note.levels, note.is_turned = levels, is_turned and not note.is_turned
-    if own_size != mask_size:
-        raise UserError(
-            f"{mask_path} is {mask_size[1]} x {mask_size[0]} pixels, but its image {image_path.name} is "
-            f"{own_size[1]} x {own_size[0]}: "
-            + ("turn the mask upright, as EXIF turns the image" if note.is_turned else "make it again at that size")
-        )
-    return image, mask, own_size, note
-
-
 def info_of(image: np.ndarray, mask: np.ndarray, own_size: tuple[int, int]) -> tuple:
     """The INFO of a pair's sample."""
     border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
@@ -131,43 +58,28 @@ def info_of(image: np.ndarray, mask: np.ndarray, own_size: tuple[int, int]) -> t
     return (*own_size, foreground, float((border == 1).mean()), void, zlib.crc32(image), places)
 
 
-class CarvanaDataset(Dataset):
-    """Images with binary masks, decoded by one rule; augmentation depends on (seed, epoch, position) alone.
+class Samples:
+    """Pairs of an image and a binary mask, decoded by one rule, in memory-mapped files.
 
     Args:
         image_dir, mask_dir, mask_suffix: folders whose files pair as find_pairs says.
         size: (height, width) of every sample, or its share of its photo's.
-        augmentation: what augmentation.augment is to do with each sample, a list of (probability, step).
-        seed: of the augmentation.
     """
 
-    def __init__(self, image_dir: Path, mask_dir: Path, size: tuple[int, int] | float,
-                 augmentation: list[tuple[float, Step]] = (), seed: int = 0,
-                 mask_suffix: str = MASK_SUFFIX) -> None:  # fmt: skip
+    def __init__(
+        self, image_dir: Path, mask_dir: Path, size: tuple[int, int] | float, mask_suffix: str = MASK_SUFFIX
+    ) -> None:
         self.image_dir, self.mask_dir = Path(image_dir), Path(mask_dir)
         self.pairs = find_pairs(self.image_dir, self.mask_dir, mask_suffix)
-        self.size, self.augmentation, self.seed = size if isinstance(size, float) else tuple(size), augmentation, seed
+        self.size = size if isinstance(size, float) else tuple(size)
         self.cache_file: Path | None = None
         self._cache: np.ndarray | None = None
         self._starts: list[int] = []  # of the samples in the cache, and its end
-        self.whole = self  # of a part, the set that it was taken from
-        self.shown: tuple[int, int] | None = None  # (height, width) at which pictures show a sample, if not at its own
         # Once prepared:
         self.infos: np.ndarray | None = None  # (n,) of INFO
         self.notes: list[Note] = []
         self.rule: Rule | None = None
         self.chosen: tuple[float, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: int | tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """An index, or (epoch, position, index) -> image uint8 (H, W, 3), and mask uint8 (H, W) in {0, 1, VOID}.
-
-        `position` is the sample's in the epoch: one that comes twice is augmented differently.
-        """
-        epoch, position, index = key if isinstance(key, tuple) else (0, key, key)
-        return augment(self.augmentation, np.random.default_rng((self.seed, epoch, position)), *self.sample(index))
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The decoded pair, uint8 image (H, W, 3) and mask (H, W), from the cache if there is one."""
@@ -183,11 +95,7 @@ class CarvanaDataset(Dataset):
         """(height, width) of a prepared sample."""
         return resized((self.infos["height"][index], self.infos["width"][index]), self.size)
 
-    def image_of(self, index: int) -> Path:
-        """The photo that __getitem__ shows at an index."""
-        return self.pairs[index][0]
-
-    def part(self, count: int) -> "CarvanaDataset":
+    def part(self, count: int) -> "Samples":
         """At most `count` of the prepared pairs, evenly spaced, from the same cache."""
         chosen = np.linspace(0, len(self.pairs) - 1, min(count, len(self.pairs))).round().astype(int)
         part = shallow_copy(self)
@@ -376,38 +284,6 @@ class CarvanaDataset(Dataset):
         return rule
 
 
-class Batches(Sampler):
-    """Yields batches of (epoch, position, index): all images in their order, or with a seed shuffled by (seed, epoch).
-
-    Shuffled batches are full: the order continues with its own beginning. Others end with what is left.
-    Under torchrun: this process's shard, which repeats an image where others have one more; that one does not count.
-
-    Set `epoch`, and `start` to skip so many images.
-    """
-
-    def __init__(self, length: int, size: int, seed: int | None = None) -> None:
-        self.length, self.size, self.seed, self.epoch, self.start = length, size, seed, 0, 0
-
-    def __len__(self) -> int:
-        return -(-(self.length - self.start) // self.size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for step, batch in enumerate(self.batches()):
-            positions = range(self.start + step * self.size, self.start + step * self.size + len(batch))
-            samples = [(self.epoch, position, index) for position, index in zip(positions, batch, strict=True)]
-            mine = samples[distributed.shard(len(batch))]
-            yield mine + samples[:1] * (-(-len(batch) // distributed.WORLD_SIZE) - len(mine))
-
-    def batches(self) -> list[list[int]]:
-        """The indices of all processes' batches that are left of this epoch."""
-        order, end = np.arange(self.length), self.length
-        if self.seed is not None:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-            end = self.start + len(self) * self.size
-        left = order[np.arange(self.start, end) % self.length].tolist()
-        return [left[start : start + self.size] for start in range(0, len(left), self.size)]
-
-
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
@@ -428,7 +304,7 @@ def car_of(image: Path) -> str | None:
     return match[1] if match else None
 
 
-def describe_rule(data: CarvanaDataset) -> list[str]:
+def describe_rule(data: Samples) -> list[str]:
     """What the values of the files mean, a line for each thing that is not plain."""
     rule, lines = data.rule, []
     if rule.low is not None:
@@ -450,7 +326,7 @@ def describe_rule(data: CarvanaDataset) -> list[str]:
     return lines
 
 
-def describe(train: CarvanaDataset, val: CarvanaDataset) -> str:
+def describe(train: Samples, val: Samples) -> str:
     """What two prepared sets hold, a line each, and a line for everything that looks like a mistake."""
     lines = ["set    pairs  photos                      foreground min, median, max     empty masks"]
     for name, data in (("train", train), ("val", val)):

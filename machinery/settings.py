@@ -1,17 +1,20 @@
 """A script's constants are its settings: a flag for each, and the range of each."""
 
 import argparse
+import ast
 import math
 import re
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from tokenize import COMMENT, generate_tokens
 from types import ModuleType, SimpleNamespace
 
-from decoding import UserError
-from distributed import WORLD_SIZE
-from model import size_multiple
-from pairing import SUFFIXES
+from machinery.errors import UserError
+from machinery.files import SUFFIXES, check_writable
+from machinery.sample_data import use_sample_if_empty
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,8 +30,32 @@ def whole_number_or_none(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"{text} is no whole number")
 
 
+@dataclass(frozen=True)
+class Constant:
+    """How a script writes one of its constants."""
+
+    may_be_none: bool  # X: str | None = "a"
+    is_tuple: bool  # X: tuple[int, ...] | None = None
+    comment: str  # beside it
+
+
+def constants_of(source: str) -> dict[str, Constant]:
+    """Return the upper-case constants that a script sets, by their names."""
+    lines = StringIO(source).readline
+    comments = {token.start[0]: token.string for token in generate_tokens(lines) if token.type == COMMENT}
+    found = {}
+    for statement in ast.parse(source).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        annotation = ast.unparse(statement.annotation) if isinstance(statement, ast.AnnAssign) else ""
+        comment = comments.get(statement.end_lineno, "").lstrip("# ")
+        for target in targets:
+            if isinstance(target, ast.Name) and target.id.isupper():
+                found[target.id] = Constant("None" in annotation, "tuple" in annotation, comment)
+    return found
+
+
 def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleNamespace:
-    """Makes every upper-case constant of a script a flag of the same name: IMAGE_HEIGHT = 160 is --image-height 160.
+    """Make every upper-case constant of a script a flag of the same name: IMAGE_HEIGHT = 160 is --image-height 160.
 
     Args:
         constants: the script's globals(). A constant's type is its flag's, and the comment beside it is the help. A
@@ -38,36 +65,71 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     Returns the settings by lower-case name. Raises UserError for an unknown flag and a value of the wrong type.
     """
     source = Path(constants["__file__"])
-    lines = re.findall(r"^([A-Z_]+)(: .*None)? = .*?  # (.*)$", source.read_text(encoding="utf-8"), re.MULTILINE)
-    comments = {name: comment for name, _, comment in lines}
-    may_be_none = {name.lower(): annotation for name, annotation, _ in lines if annotation}
-    parser = Parser(source.name, description=constants["__doc__"].splitlines()[0], allow_abbrev=False)
+    written = constants_of(source.read_text(encoding="utf-8"))
+    parser = Parser(source.name, description=summary(constants["__doc__"]), allow_abbrev=False)
     for name, default in constants.items():
         if not name.isupper() or isinstance(default, ModuleType):
             continue
-        is_tuple = isinstance(default, tuple | list) or "tuple" in may_be_none.get(name.lower(), "")
+        constant = written.get(name, Constant(False, False, ""))
+        is_tuple = isinstance(default, tuple | list) or constant.is_tuple
         if is_tuple and default is not None:
             default = tuple(default) if isinstance(default, tuple | list) else (default,)
         elif isinstance(default, Path):
             default = str(default)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        options = {"default": default, "help": f"{comments.get(name, '')} [{shown}]".replace("%", "%%")}
+        options = {"default": default, "help": f"{constant.comment} [{shown}]".replace("%", "%%")}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif is_tuple:
-            kind = type((*(default or ()), 0)[0])
-            kind = whole_number_or_none if name.lower() in may_be_none else kind
-            options |= {"type": kind, "nargs": "+", "metavar": "N"}
+            kind = type(default[0]) if default else int
+            options |= {"type": whole_number_or_none if constant.may_be_none else kind, "nargs": "+", "metavar": "N"}
         else:
             options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
         parser.add_argument("--" + name.lower().replace("_", "-"), **options)
+
     settings = vars(parser.parse_args(argv))
     for name, value in settings.items():
         if isinstance(value, list):
             value = settings[name] = tuple(value)
-        if str(value).lower() in ("none", "('none',)") and name in may_be_none:
+        may_be_none = name.upper() in written and written[name.upper()].may_be_none
+        if may_be_none and str(value).lower() in ("none", "('none',)"):
             settings[name] = None
     return SimpleNamespace(**settings)
+
+
+def summary(docstring: str | None) -> str:
+    """Return the first line of a docstring, which python -OO takes away."""
+    return (docstring or "").partition("\n")[0]
+
+
+@contextmanager
+def read_settings(
+    constants: dict, argv: list[str] | None, size_multiple: Callable[[tuple], int], processes: int
+) -> Iterator[SimpleNamespace]:
+    """Parse and check train.py's settings, and give its constants the values of their flags while the block runs.
+
+    So a constant that a function reads as a global follows its flag. Afterwards they are the defaults again. Raises
+    UserError; the arguments are those of parse_settings and check_settings.
+    """
+    s = parse_settings(constants, argv)
+    check_settings(s, size_multiple, processes)
+    before = {name: constants[name] for name in map(str.upper, vars(s))}
+    constants.update({name: getattr(s, name.lower()) for name in before})
+    try:
+        yield s
+    finally:
+        constants.update(before)
+
+
+def settle(s: SimpleNamespace) -> None:
+    """Set what depends on other settings: a crop's size, drawn cars where data/ is empty, an encoder's own mean."""
+    if s.crop:
+        s.image_height, s.image_width = s.crop  # a crop is all that the network sees
+    use_sample_if_empty(s)
+    if s.encoder:
+        from machinery.encoders import encoder_normalisation  # which imports torch
+
+        s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)
 
 
 Range = tuple[str, type | tuple[type, ...], Callable[[object], bool], str]  # name, type, is it valid, what is wanted
@@ -81,9 +143,14 @@ def check_ranges(settings: object, ranges: Iterable[Range], spell: Callable[[str
             raise UserError(f"{spell(name)} is {value!r}: set it to {wanted}")
 
 
-def check_settings(s: SimpleNamespace) -> None:
-    """Checks train.py's settings and that its folders can be written to. Raises UserError."""
-    number, parts = (int, float), WORLD_SIZE * (s.accumulation if type(s.accumulation) is int else 1)
+def check_settings(s: SimpleNamespace, size_multiple: Callable[[tuple], int], processes: int) -> None:
+    """Check train.py's settings and that its folders can be written to. Raises UserError.
+
+    Args:
+        size_multiple: the U-Net's features -> the multiple to which it pads height and width.
+        processes: among which the batch is divided.
+    """
+    number, parts = (int, float), processes * (s.accumulation if type(s.accumulation) is int else 1)
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) and not s.encoder else 1
     smallest, smallest_crop = max(64 if s.encoder else 16, multiple), max(64, 4 * multiple)
     side = lambda v: v >= smallest  # noqa: E731
@@ -113,14 +180,12 @@ def check_settings(s: SimpleNamespace) -> None:
         ("clip_norm", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
         ("seed", int, lambda v: v >= 0, "a whole number, at least 0"),
         ("num_workers", int, lambda v: v >= -1, "a whole number, at least 0, or to -1"),
-        ("timeout_minutes", number, lambda v: 0 < v <= 1e6, "a number above 0, such as 10"),
         ("device", str, bool, '"auto", "cuda", "mps" or "cpu"'),
         ("precision", str, lambda v: v in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
         ("compile", str, lambda v: v in ("auto", "yes", "no"), '"auto", "yes" or "no"'),
         ("checkpoint", str, lambda v: v and not Path(v).is_dir(), "a file's name"),
         ("checkpoint_minutes", number, lambda v: v >= 0, "a number, at least 0"),
         ("saved_images_dir", str, bool, "a folder's name"),
-        ("page_photos", int, lambda v: v >= 1, "a whole number, at least 1"),
     ))  # fmt: skip
     if s.scale != 1 and not s.crop:
         raise UserError(f"SCALE is {s.scale}, but CROP is None: set CROP, such as (256, 256), or SCALE to 1")
@@ -135,43 +200,3 @@ def check_settings(s: SimpleNamespace) -> None:
             raise UserError(f"SAVED_IMAGES_DIR is {setting.upper()}, where it could overwrite files: choose another")
     check_writable(Path(s.checkpoint).parent, "CHECKPOINT")
     check_writable(Path(s.saved_images_dir), "SAVED_IMAGES_DIR")
-
-
-def check_start(checkpoint: dict, s: SimpleNamespace) -> None:
-    """Prints what START_FROM begins with. Raises UserError where it is another network than that of the settings."""
-    config, before = checkpoint["model"], checkpoint["preprocessing"]
-    for name, own, wanted in (
-        ("ENCODER", config.get("encoder"), s.encoder),
-        ("FEATURES", None if s.encoder else tuple(config.get("features") or ()), None if s.encoder else s.features),
-    ):
-        if own != wanted:
-            raise UserError(f"{s.start_from} has {name} = {own}, but it is {wanted} here: set {name} to {own}")
-    rows = checkpoint.get("history")
-    dice = f", Dice {rows[-1]['dice']:.4f}" if rows else ""
-    print(f"Starting from {s.start_from} (epoch {checkpoint.get('epoch')}{dice}), with 0.3 of LEARNING_RATE.")
-    for name in ("mean", "std"):
-        if tuple(before[name]) != tuple(getattr(s, name)):
-            print(f"{name.upper()} was {before[name]} there and is {getattr(s, name)} here.")
-
-
-def advise_on_epochs(s: SimpleNamespace, images: int, seconds: float) -> None:
-    """Where a run has so few steps that a network learns little, prints how long 300 take; `seconds` are an epoch's.
-
-    75 count as few, because the quick start has 96.
-    """
-    steps = math.ceil(images / s.batch_size)
-    if s.num_epochs * steps < 75:
-        epochs = 10 * math.ceil(30 / steps)
-        print(
-            f"{images} {'crops' if s.crop else 'photos'}: {s.num_epochs} epochs are {s.num_epochs * steps} steps; "
-            f"--num-epochs {epochs} takes about {math.ceil(epochs * seconds / 60)} min."
-        )
-
-
-def check_writable(folder: Path, setting: str) -> None:
-    """Creates the folder that a setting names. Raises UserError where no file can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{setting}: {folder} cannot be written ({error.strerror}): choose another folder") from error

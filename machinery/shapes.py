@@ -111,3 +111,74 @@ def with_slits(rings: list[np.ndarray]) -> np.ndarray:
         here = ((whole - around[0]) ** 2).sum(1).argmin()
         whole = np.concatenate((whole[: here + 1], around, around[:1], whole[here:]))
     return whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run lengths <-> masks
+
+
+def rle_encode(mask: np.ndarray) -> str:
+    """Runs of a mask (H, W), which is foreground where it is not 0: "start length start length ...".
+
+    Pixels count from 1, row by row from the top left; an empty mask gives "".
+    https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
+    """
+    pixels = np.zeros(mask.size + 2, bool)  # with background before the first and after the last
+    pixels[1:-1] = mask.ravel() != 0
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    changes[1::2] -= changes[::2]
+    return " ".join(map(str, changes.tolist()))
+
+
+def rle_decode(runs: str, size: tuple[int, int]) -> np.ndarray:
+    """The mask of that (height, width) that rle_encode has encoded: uint8 (H, W) in {0, 1}."""
+    numbers = np.array(runs.split(), np.int64)
+    mask = np.zeros(size, np.uint8)
+    for start, length in zip(numbers[::2] - 1, numbers[1::2], strict=True):
+        mask.ravel()[start : start + length] = 1
+    return mask
+
+
+def counts_mask(counts: list[int], size: tuple[int, int], order: str = "C") -> np.ndarray:
+    """Of run lengths, alternately background and object, along the rows (order "C") or down the columns ("F")."""
+    counts, pixels = np.array(counts, np.int64), size[0] * size[1]
+    if counts.sum() != pixels or (counts < 0).any() or pixels > 1e9:
+        raise ValueError(f"its run lengths do not fill {size[1]} x {size[0]} pixels")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size, order=order)
+
+
+def runs_mask(runs: str, is_by_rows: bool, size: tuple[int, int]) -> np.ndarray:
+    """Of Kaggle's "start length start length ...", from 1, along the rows or down the columns."""
+    numbers = np.array(runs.split(), np.int64)
+    if len(numbers) % 2:
+        raise ValueError("its runs are not pairs of start and length")
+    numbers = numbers.reshape(-1, 2)
+    if (numbers < 1).any() or numbers.sum(1).max(initial=0) > size[0] * size[1] + 1:
+        raise ValueError(f"its runs do not fit {size[1]} x {size[0]} pixels")
+    return (rle_decode(runs, size) if is_by_rows else rle_decode(runs, size[::-1]).T) == 1
+
+
+def coco_mask(counts: list[int] | str, own_size: list[int], size: tuple[int, int]) -> np.ndarray:
+    """Of COCO's run lengths, as a list or as its text. Raises ValueError where they are of another size."""
+    if tuple(own_size) != size:
+        raise ValueError(f"its mask is {own_size[1]} x {own_size[0]}, but its photo {size[1]} x {size[0]}")
+    return counts_mask(coco_counts(counts) if isinstance(counts, str) else counts, size, "F")
+
+
+def coco_counts(text: str) -> list[int]:
+    """Run lengths from COCO's text: 5 bits a character, the lowest first, and bit 5 where another one follows.
+
+    From the fourth number on they are differences to the last but one.
+    https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c, rleFrString
+    """
+    counts, number, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:  # the sign
+                number -= 1 << shift
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number, shift = 0, 0
+    return counts

@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import demo
-import distributed
 import predict
+from machinery import errors
+from tools import demo
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def note(event: str, args: tuple) -> None:
@@ -24,4 +24,4 @@ def counted(self: predict.Predictor, *args: object) -> object:
 
 sys.addaudithook(note)
 forward, predict.Predictor.forward = predict.Predictor.forward, counted
-distributed.run(demo.main)
+errors.run(demo.main)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
-import benchmark
-import utils
+from machinery.errors import UserError
+from tools import benchmark
 
 
 @pytest.fixture(autouse=True)
@@ -56,5 +56,5 @@ def test_recipe_compares_what_both_have_learned(project, capsys):
 
 
 def test_flags_that_train_does_not_have_are_named(project):
-    with pytest.raises(utils.UserError, match="--nonsense"):
+    with pytest.raises(UserError, match="--nonsense"):
         benchmark.main(["train", "--nonsense"])

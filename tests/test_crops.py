@@ -13,18 +13,16 @@ from conftest import rows
 from PIL import Image
 
 import augmentation
-import crops
 import dataset
-import distributed
+import model
 import predict
-import report
-import tiles
 import train
 import utils
-from crops import CROPS, CropDataset, cut
-from dataset import CarvanaDataset
-from decoding import VOID, UserError, decode_mask, read_image
-from device import Device
+from dataset import CROPS, CarvanaDataset, CropDataset, cut
+from machinery import decoding, processes, report
+from machinery.decoding import VOID, decode_mask, read_image
+from machinery.device import Device
+from machinery.errors import UserError
 from model import UNet
 
 CROP = ["--crop", "64", "64"]
@@ -77,7 +75,7 @@ def test_only_what_changed_is_decoded_again(scattered, monkeypatch):
     before = [tuple(map(np.array, cropped().sample(index))) for index in range(4)]
     Image.fromarray(np.full((77, 66, 3), 9, np.uint8)).save("data/train_images/1.png")
     Image.fromarray(np.eye(77, 66, dtype=np.uint8)).save("data/train_masks/1_mask.png")
-    read, reading = [], dataset.read_sample
+    read, reading = [], decoding.read_sample
     monkeypatch.setattr(
         dataset, "read_sample", lambda image, *rest: (read.append(image.name), reading(image, *rest))[1]
     )
@@ -100,7 +98,7 @@ def test_its_size_is_said_before_and_must_be_free(scattered, monkeypatch, capsys
 
 
 def test_large_photos_are_decoded_one_at_a_time(scattered, monkeypatch):
-    running, most, reading = [], [], dataset.read_sample
+    running, most, reading = [], [], decoding.read_sample
 
     def slow(*arguments):
         running.append(1)
@@ -193,7 +191,7 @@ def test_borders_come_in_only_where_the_photo_ends(tmp_path, monkeypatch):
             None, crop=(64, 96), steps=[(1, partial(augmentation.affine, scale=0.15, shift=0.06, degrees=8))]
         )
         data.sample = lambda _, image=image, mask=mask: (image, mask)
-        monkeypatch.setattr(crops.np.random, "default_rng", lambda _: Middle())
+        monkeypatch.setattr(dataset.np.random, "default_rng", lambda _: Middle())
         assert (data[0][1] == VOID).any() == has_void
 
 
@@ -232,7 +230,7 @@ def test_what_lies_beyond_is_mirrored_and_void(start, size):
 
 @pytest.mark.parametrize("length", [16, 63, 64, 65, 100, 128, 333, 1000])
 def test_weights_of_tiles_add_up_to_one(length):
-    parts = tiles.fades(length, 64, 16)
+    parts = model.fades(length, 64, 16)
     total = np.zeros(parts[-1][0] + 64)
     for start, fade in parts:
         assert start % 16 == 0 and (fade >= 0).all()
@@ -246,16 +244,16 @@ def test_weights_of_tiles_add_up_to_one(length):
 @pytest.mark.parametrize("tile", [(64, 96), (100, 70), (400, 400)])
 def test_a_network_of_single_pixels_gives_the_same_in_tiles(tile):
     images = torch.randn(2, 3, 150, 211)
-    logits = tiles.slide(lambda part: part.sum(1, keepdim=True), images, tile, 16)
+    logits = model.slide(lambda part: part.sum(1, keepdim=True), images, tile, 16)
     torch.testing.assert_close(logits, images.sum(1, keepdim=True))
 
 
 def test_several_tiles_are_seen_at_once_and_all_have_one_shape():
     shapes = []
-    tiles.slide(
+    model.slide(
         lambda part: (shapes.append(tuple(part.shape)), part[:, :1])[1], torch.zeros(1, 3, 300, 300), (64, 64), 16
     )
-    assert shapes[:-1] == [(tiles.TILES, 3, 64, 64)] * (len(shapes) - 1) and shapes[-1][1:] == (3, 64, 64)
+    assert shapes[:-1] == [(model.TILES, 3, 64, 64)] * (len(shapes) - 1) and shapes[-1][1:] == (3, 64, 64)
 
 
 def test_a_network_with_a_tile_slides_in_eval_mode_alone():
@@ -281,7 +279,7 @@ def test_an_encoder_slides_by_its_own_multiple():
 
 
 def test_a_run_validates_on_a_part_and_ends_with_all(scattered, run_train, monkeypatch, capsys):
-    monkeypatch.setattr(crops, "VAL_PHOTOS", 2)
+    monkeypatch.setattr(dataset, "VAL_PHOTOS", 2)
     seen, enlarge = [], utils.enlarge
     monkeypatch.setattr(utils, "enlarge", lambda *arguments: (seen.append(arguments[2].shape), enlarge(*arguments))[1])
     run_train(*CROP, "--num-epochs", "1")
@@ -319,7 +317,7 @@ def test_a_process_without_photos_adds_nothing(scattered, monkeypatch):
     model.start_from(0.1)
     loader = utils.get_loaders(data, data, 4)[1]
     assert utils.full_size_dice(loader, model, cpu)[0] == 0.25  # all background, which is right for one of four
-    monkeypatch.setattr(distributed, "shard", lambda _: slice(0))
+    monkeypatch.setattr(processes, "shard", lambda _: slice(0))
     assert utils.full_size_dice(loader, model, cpu)[0] == 0
 
 
@@ -426,7 +424,7 @@ def test_pictures_keep_thin_things():
 def test_no_pixel_is_lost_in_a_picture(own, wanted):
     rows = torch.arange(own, dtype=torch.float32)[None, None, :, None].expand(1, 1, own, 2)
     highest = np.ceil((np.arange(wanted) + 1) * own / wanted) - 1  # the last row that each of the picture's covers
-    np.testing.assert_array_equal(tiles.pooled(rows, (wanted, 1))[0, 0, :, 0], highest)
+    np.testing.assert_array_equal(report.pooled(rows, (wanted, 1))[0, 0, :, 0], highest)
 
 
 def test_what_is_void_is_hatched_in_the_first_batch(tmp_path):

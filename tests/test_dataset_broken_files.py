@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset import CarvanaDataset
-from decoding import UserError, read_image, read_mask
-from pairing import find_pairs
+from machinery.decoding import read_image, read_mask
+from machinery.errors import UserError
+from machinery.files import find_pairs
 
 FORMATS = ("jpg", "progressive.jpg", "png", "gif", "bmp", "tif", "webp")
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import train
-from dataset import CarvanaDataset, written_whole
+from dataset import CarvanaDataset
+from machinery.files import written_whole
 
 ROOT = Path(train.__file__).parent
 

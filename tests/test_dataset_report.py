@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import CarvanaDataset, describe
-from decoding import read_mask
+from dataset import CarvanaDataset
+from machinery.decoding import read_mask
+from machinery.samples import describe
 
 
 def report(cache: Path | None = None) -> list[str]:

@@ -19,9 +19,11 @@ from sklearn.metrics import accuracy_score, f1_score, jaccard_score
 import predict
 import train
 import utils
-from dataset import CarvanaDataset, describe
-from decoding import VOID, Rule, UserError, decode_mask, read_image, read_mask
-from device import Device
+from dataset import CarvanaDataset
+from machinery.decoding import VOID, Rule, decode_mask, read_image, read_mask
+from machinery.device import Device
+from machinery.errors import UserError
+from machinery.samples import describe
 
 LEARN = [*SMALL, "--num-epochs", "40", "--cache-dir", "none"]
 

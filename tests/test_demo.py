@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from test_predict import PREPROCESSING
 
-import demo
-import distributed
 import predict
 import utils
-from decoding import read_image
+from machinery import errors
+from machinery.decoding import read_image
 from model import UNet
+from tools import demo
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright: pip install playwright")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
@@ -33,7 +33,7 @@ ROOT = Path(demo.__file__).parent
 
 def error_of(*flags: str) -> str:
     with pytest.raises(SystemExit) as exit_:
-        distributed.run(lambda: demo.main(list(flags)))
+        errors.run(lambda: demo.main(list(flags)))
     message = exit_.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     return message

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from conftest import SMALL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import device
-import distributed
 import train
 import utils
-from settings import parse_settings
+from machinery import device
+from machinery.errors import UserError
+from machinery.settings import parse_settings
 
 CUDA = torch.device("cuda", 0)
 CPU_FP32, CUDA_BF16 = (
@@ -47,9 +47,9 @@ def gpus(monkeypatch):
 
 
 def torchrun(monkeypatch, processes: int, local_rank: int) -> None:
-    monkeypatch.setattr(distributed, "WORLD_SIZE", processes)
-    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", processes)
-    monkeypatch.setattr(distributed, "LOCAL_RANK", local_rank)
+    monkeypatch.setattr(processes, "WORLD_SIZE", processes)
+    monkeypatch.setattr(processes, "LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(processes, "LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
 
 
@@ -105,7 +105,7 @@ def test_a_gpu_without_kernels_leaves_the_work_to_the_cpu_and_says_why(gpus, mon
     monkeypatch.setattr(F, "conv2d", conv2d)
     assert device.choose_device("auto").device == torch.device("cpu")
     assert "cuda:0 cannot be used (CUDA error: no kernel image is available" in capsys.readouterr().out
-    with pytest.raises(utils.UserError, match=r"DEVICE cuda cannot be used here \(CUDA error: no kernel image"):
+    with pytest.raises(UserError, match=r"DEVICE cuda cannot be used here \(CUDA error: no kernel image"):
         device.choose_device("cuda")
 
 
@@ -113,7 +113,7 @@ def test_a_gpu_without_kernels_leaves_the_work_to_the_cpu_and_says_why(gpus, mon
 def test_a_device_that_is_not_there_is_named(name):
     if torch.cuda.is_available() and name == "cuda":
         pytest.skip("it is there")
-    with pytest.raises(utils.UserError, match=f"DEVICE {name} cannot be used here"):
+    with pytest.raises(UserError, match=f"DEVICE {name} cannot be used here"):
         device.choose_device(name)
 
 
@@ -124,14 +124,14 @@ def test_each_process_of_a_machine_gets_a_gpu_of_its_own(gpus, monkeypatch):
         assert device.choose_device(name).device == torch.device("cuda", 1)
     assert device.choose_device("cpu").device == torch.device("cpu")
     for name in ("cuda:0", "mps"):  # one for all of them
-        with pytest.raises(utils.UserError, match=f"DEVICE {name} .*for each"):
+        with pytest.raises(UserError, match=f"DEVICE {name} .*for each"):
             device.choose_device(name)
 
 
 def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     gpus(2)
     torchrun(monkeypatch, 3, local_rank=2)
-    with pytest.raises(utils.UserError, match=r"there are 2 GPUs here: set --nproc_per_node to that"):
+    with pytest.raises(UserError, match=r"there are 2 GPUs here: set --nproc_per_node to that"):
         device.choose_device("auto")
 
 
@@ -139,7 +139,7 @@ def test_processes_on_gpus_need_nccl(gpus, monkeypatch):
     gpus(2)
     torchrun(monkeypatch, 2, local_rank=0)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    with pytest.raises(utils.UserError, match="NCCL"):
+    with pytest.raises(UserError, match="NCCL"):
         device.choose_device("auto")
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 import predict
 import train
-import utils
-from device import Device, tune
-from settings import parse_settings
+from machinery.device import Device, tune
+from machinery.errors import UserError
+from machinery.settings import parse_settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")]
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -96,7 +96,7 @@ def test_memory_does_not_grow_over_epochs(project, run_train, monkeypatch):
 def test_too_large_a_batch_says_what_to_lower(project, run_train):
     torch.cuda.set_per_process_memory_fraction(0.002)
     try:
-        with pytest.raises(utils.UserError, match="out of memory at BATCH_SIZE 64"):
+        with pytest.raises(UserError, match="out of memory at BATCH_SIZE 64"):
             run_train("--batch-size", "64", "--image-height", "512", "--image-width", "512", "--features", "64", "128")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -113,7 +113,7 @@ def test_predictions_equal_the_cpus(project, run_train):
 
 
 def test_torchrun_starts_one_process_on_the_gpu(project):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command = [sys.executable, "-m", "torch.errors.run", "--standalone", "--nproc_per_node=1"]
     command += [Path(train.__file__), *SMALL, "--num-epochs", "1"]
     run_ = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
     assert run_.returncode == 0, run_.stderr

@@ -9,15 +9,16 @@ import sys
 import pytest
 import torch.distributed as dist
 
-import distributed
 import utils
+from machinery import errors, processes
+from machinery.errors import UserError
 
 
 @pytest.fixture
 def group(monkeypatch):
     """Pretends to be one of two processes with a group; lists what was done with it."""
     done = []
-    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    monkeypatch.setattr(processes, "WORLD_SIZE", 2)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *args: done.append("init"))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroy"))
@@ -25,12 +26,12 @@ def group(monkeypatch):
 
 
 def test_the_group_is_destroyed_after_success_only(group):
-    with distributed.process_group(1):
+    with processes.process_group(1):
         pass
     assert group == ["init", "destroy"]
-    for error in (ValueError, utils.UserError, dist.DistBackendError):
+    for error in (ValueError, UserError, dist.DistBackendError):
         group.clear()
-        with pytest.raises((ValueError, utils.UserError)), distributed.process_group(1):
+        with pytest.raises((ValueError, UserError)), processes.process_group(1):
             raise error("nccl")
         assert group == ["init"]  # with NCCL destroying may wait for ever for a process that is gone
 
@@ -47,7 +48,7 @@ def test_the_group_is_destroyed_after_success_only(group):
     ],
 )
 def test_only_lost_processes_are_called_lost(group, error, is_lost):
-    with pytest.raises(distributed.Lost if is_lost else type(error)) as raised, distributed.process_group(1):
+    with pytest.raises(errors.Lost if is_lost else type(error)) as raised, processes.process_group(1):
         raise error
     assert is_lost == ("has lost another one" in str(raised.value))
 
@@ -58,8 +59,8 @@ def test_an_error_in_a_group_ends_the_process_at_once():
         "def main():\n"
         "    dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', world_size=1, rank=0)\n"
         "    atexit.register(time.sleep, 60)  # as NCCL may wait for the others\n"
-        "    raise utils.UserError('no photos: add some')\n"
-        "distributed.run(main)"
+        "    raise UserError('no photos: add some')\n"
+        "errors.run(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1 and done.stderr.endswith("error: no photos: add some\n"), done.stderr
@@ -78,5 +79,5 @@ def test_a_worker_that_the_system_ends_gets_a_sentence(project, run_train, monke
         return getitem(self, key)
 
     monkeypatch.setattr(utils.CarvanaDataset, "__getitem__", killed)
-    with pytest.raises(utils.UserError, match=named):
+    with pytest.raises(UserError, match=named):
         run_train("--num-workers", "1")

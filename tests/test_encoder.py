@@ -14,9 +14,11 @@ from torch import nn
 
 import predict
 import utils
-from decoding import UserError, read_image
-from model import UNet, encoder_normalisation
-from optimizer import muon_groups
+from machinery.decoding import read_image
+from machinery.encoders import encoder_normalisation
+from machinery.errors import UserError
+from machinery.muon import muon_groups
+from model import UNet
 
 TESTED = ["resnet34", "convnext_tiny", "tf_efficientnet_lite0"]
 STAND_INS = ["test_resnet", "test_convnext", "test_efficientnet"]  # of their kinds, with a hundredth of their weights

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from test_predict import PREPROCESSING
 
-import distributed
-import export
 import predict
 import utils
+from machinery import errors
 from model import UNet
+from tools import export
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the packages onnx, onnxscript and onnxruntime")
 onnx = pytest.importorskip("onnx", reason="needs the packages onnx, onnxscript and onnxruntime")
@@ -67,7 +67,7 @@ def run(*flags: object) -> None:
 
 def error_of(*flags: object) -> str:
     with pytest.raises(SystemExit) as exit_:
-        distributed.run(lambda: run(*flags))
+        errors.run(lambda: run(*flags))
     message = exit_.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     return message

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from dataset import read_sample
-from decoding import Rule, UserError, decode_image, read_image, read_mask, read_opacity
-from pairing import SUFFIXES
+from machinery.decoding import Rule, decode_image, read_image, read_mask, read_opacity, read_sample
+from machinery.errors import UserError
+from machinery.files import SUFFIXES
 
 WHOLE_RANGE = Rule(low=0, high=65535)
 HEIGHT, WIDTH, BLOCK = 64, 96, 16  # blocks, so that chroma subsampling changes little

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_tools
 
-import distributed
-import make_masks
-from dataset import CarvanaDataset, find_pairs
-from polygons import polygon_mask
-from submission import rle_encode
+from dataset import CarvanaDataset
+from machinery import errors
+from machinery.files import find_pairs
+from machinery.shapes import polygon_mask, rle_encode
+from tools import make_masks
 
 SIZE = 300, 400  # (height, width) of the photos
 CAR = [(60.5, 200.25), (80, 120), (160.75, 80.5), (290.5, 90), (350, 200.5), (330.25, 240), (90, 250.75)]
@@ -45,7 +45,7 @@ def error_of(*args: object) -> str:
     """The one sentence with which the command ends, and exit status 1; nothing may have been written."""
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as exit_:
-        distributed.run(lambda: make(*args))
+        errors.run(lambda: make(*args))
     message = exit_.value.code  # a text: Python prints it and exits with status 1
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     assert sorted(Path().rglob("*")) == before

@@ -7,7 +7,7 @@ import torch
 from conftest import rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimizer import adam_, float32_products, muon_, newton_schulz
+from machinery.muon import adam_, float32_products, muon_, newton_schulz
 
 PRODUCTS = {"aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"}
 BITS = {"none": 23, "ieee": 23, "tf32": 10, "bf16": 7}  # of mantissa that a machine may round a product's factors to

@@ -21,13 +21,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-import decoding
-import distributed
 import predict
-import submission
 import utils
-from decoding import read_mask
-from device import Device
+from machinery import decoding, errors, outputs
+from machinery.decoding import read_mask
+from machinery.device import Device
 from model import UNet
 
 
@@ -45,7 +43,7 @@ def run(*args: object) -> None:
 
 def error_of(*args: object) -> str:
     with pytest.raises(SystemExit) as exit_:
-        distributed.run(lambda: run(*args))
+        errors.run(lambda: run(*args))
     message = exit_.value.code  # a text: Python prints it and exits with status 1
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     return message
@@ -339,8 +337,8 @@ def test_a_mask_without_photo_and_a_photo_without_mask_are_named(photos, capsys)
 @settings(deadline=None)
 @given(arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 1)))
 def test_run_lengths_decode_to_what_was_encoded(mask):
-    np.testing.assert_array_equal(submission.rle_decode(submission.rle_encode(mask), mask.shape), mask)
-    np.testing.assert_array_equal(submission.rle_decode(submission.rle_encode(mask * 255), mask.shape), mask)
+    np.testing.assert_array_equal(outputs.rle_decode(outputs.rle_encode(mask), mask.shape), mask)
+    np.testing.assert_array_equal(outputs.rle_decode(outputs.rle_encode(mask * 255), mask.shape), mask)
 
 
 @pytest.mark.parametrize(
@@ -355,8 +353,8 @@ def test_run_lengths_decode_to_what_was_encoded(mask):
     ],
 )
 def test_run_lengths_by_hand(mask, runs):
-    assert submission.rle_encode(np.array(mask)) == runs
-    np.testing.assert_array_equal(submission.rle_decode(runs, np.shape(mask)), mask)
+    assert outputs.rle_encode(np.array(mask)) == runs
+    np.testing.assert_array_equal(outputs.rle_decode(runs, np.shape(mask)), mask)
 
 
 def rows_of(path: str) -> dict[str, str]:
@@ -368,7 +366,7 @@ def rows_of(path: str) -> dict[str, str]:
     return rows
 
 
-@pytest.mark.parametrize("name", ["submission.csv", "submission.csv.gz"])
+@pytest.mark.parametrize("name", ["outputs.csv", "outputs.csv.gz"])
 def test_a_submission_holds_the_masks_and_nothing_else_is_written(photos, name):
     run("data/val_images", "--submission", name)
     assert not Path("predictions").exists() and not list(Path().glob("*.part"))
@@ -376,7 +374,7 @@ def test_a_submission_holds_the_masks_and_nothing_else_is_written(photos, name):
     assert list(rows) == [photo.name for photo in photos]
     run(photos[5])
     np.testing.assert_array_equal(
-        submission.rle_decode(rows[photos[5].name], (64, 96)) * 255, pixels(f"{photos[5].stem}_mask.png")
+        outputs.rle_decode(rows[photos[5].name], (64, 96)) * 255, pixels(f"{photos[5].stem}_mask.png")
     )
 
 
@@ -387,14 +385,14 @@ def test_a_killed_run_goes_on_where_it_was(photos, monkeypatch):
         for photo in photos:
             many.append(photo.with_name(f"{number}_{photo.name}"))
             os.link(photo, many[-1])
-    command = [sys.executable, predict.__file__, *map(str, many), "--submission", "submission.csv.gz"]
+    command = [sys.executable, predict.__file__, *map(str, many), "--submission", "outputs.csv.gz"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(part.stat().st_size for part in Path().glob("*.part")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not Path("submission.csv.gz").exists()
+    assert not Path("outputs.csv.gz").exists()
     (part,) = Path().glob("*.part")
     kept = part.read_text().count("\n")
     assert 0 < kept < len(many)
@@ -402,20 +400,20 @@ def test_a_killed_run_goes_on_where_it_was(photos, monkeypatch):
     predicted = []
     finish = predict.finish
     monkeypatch.setattr(predict, "finish", lambda *args: predicted.append(args[0]) or finish(*args))
-    run(*many, "--submission", "submission.csv.gz")
+    run(*many, "--submission", "outputs.csv.gz")
     assert len(predicted) == len(many) - kept
-    rows = rows_of("submission.csv.gz")
+    rows = rows_of("outputs.csv.gz")
     assert rows.keys() == {photo.name for photo in many} and not list(Path().glob("*.part"))
     assert rows_of("whole.csv").items() <= rows.items()
 
 
 def test_rows_of_another_threshold_are_not_taken_over(photos):
     photos[3].write_bytes(b"")
-    error_of("data/val_images", "--submission", "submission.csv")
-    before = rows_of("submission.csv")
+    error_of("data/val_images", "--submission", "outputs.csv")
+    before = rows_of("outputs.csv")
     photos[3].unlink()
-    run("data/val_images", "--submission", "submission.csv", "--threshold", "0.2")
-    assert any(rows_of("submission.csv")[name] != before[name] for name in before)
+    run("data/val_images", "--submission", "outputs.csv", "--threshold", "0.2")
+    assert any(rows_of("outputs.csv")[name] != before[name] for name in before)
 
 
 def test_rows_of_photos_of_the_same_names_in_another_folder_are_not_taken_over(photos):
@@ -424,10 +422,10 @@ def test_rows_of_photos_of_the_same_names_in_another_folder_are_not_taken_over(p
         Path("other", photo.name).write_bytes(other.read_bytes())
     whole = photos[3].read_bytes()
     photos[3].write_bytes(b"")
-    error_of("data/val_images", "--submission", "submission.csv")
+    error_of("data/val_images", "--submission", "outputs.csv")
     photos[3].write_bytes(whole)
-    run("other", "--submission", "submission.csv")
-    mixed = rows_of("submission.csv")
+    run("other", "--submission", "outputs.csv")
+    mixed = rows_of("outputs.csv")
     run("other", "--submission", "other.csv")
     assert mixed == rows_of("other.csv")
 
@@ -435,11 +433,11 @@ def test_rows_of_photos_of_the_same_names_in_another_folder_are_not_taken_over(p
 def test_a_submission_goes_on_when_a_broken_photo_is_mended(photos):
     whole = photos[3].read_bytes()
     photos[3].write_bytes(b"")
-    assert "1 of 8" in error_of("data/val_images", "--submission", "submission.csv")
-    assert len(rows_of("submission.csv")) == 7
+    assert "1 of 8" in error_of("data/val_images", "--submission", "outputs.csv")
+    assert len(rows_of("outputs.csv")) == 7
     photos[3].write_bytes(whole)
-    run("data/val_images", "--submission", "submission.csv")
-    assert len(rows_of("submission.csv")) == 8
+    run("data/val_images", "--submission", "outputs.csv")
+    assert len(rows_of("outputs.csv")) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,7 +448,7 @@ def test_torchrun_shares_the_photos(photos):
     flags = ["data/val_images", "--mask-dir", "data/val_masks", "--submission"]
     run(*flags, "one.csv")
     alone = scores()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", predict.__file__]
+    command = [sys.executable, "-m", "torch.errors.run", "--nproc_per_node=2", predict.__file__]
     done = subprocess.run([*command, *flags, "two.csv", "--overlay"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert rows_of("two.csv") == rows_of("one.csv")
@@ -485,10 +483,10 @@ MISTAKES = {
     "a folder without photos": (["empty"], "empty"),
     "a path that is not there": (["nowhere/*.jpg"], "nowhere/*.jpg"),
     "a folder that cannot be written": (["--output-dir", "notes.txt/out"], "notes.txt/out"),
-    "a submission that cannot be written": (["--submission", "notes.txt/submission.csv"], "notes.txt"),
+    "a submission that cannot be written": (["--submission", "notes.txt/outputs.csv"], "notes.txt"),
     "a submission that is something else": (["--submission", "notes.txt"], "notes.txt"),
     "a submission that is a photo": (["--submission", "data/val_images/x.gz"], "x.gz"),
-    "photos of one name in a submission": (["twin", "--submission", "submission.csv"], "submission.csv"),
+    "photos of one name in a submission": (["twin", "--submission", "outputs.csv"], "outputs.csv"),
     "scores over something else": (["--output-dir", "mine", "--mask-dir", "data/val_masks"], "scores.csv"),
     "a threshold out of range": (["--threshold", "1"], "--threshold"),
     "a size too small": (["--size", "8", "8"], "--size"),

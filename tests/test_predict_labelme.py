@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import make_masks
 import predict
-from annotations import write_labelme
-from decoding import UserError
-from metrics import uncertain_share
-from polygons import outlines, polygon_mask
+from machinery.errors import UserError
+from machinery.outputs import write_labelme
+from machinery.shapes import outlines, polygon_mask
+from predict import uncertain_share
+from tools import make_masks
 
 
 def blobs(smoothness: float, share: float, size: tuple[int, int] = (59, 83)) -> np.ndarray:

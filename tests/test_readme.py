@@ -2,7 +2,7 @@ import re
 from pathlib import Path
 
 import train
-from settings import parse_settings
+from machinery.settings import parse_settings
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

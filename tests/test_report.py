@@ -14,9 +14,10 @@ import torch
 from conftest import rows
 from PIL import Image
 
-import report
 import train
 import utils
+from machinery import report
+from machinery.errors import UserError
 
 
 def picture(path: str) -> np.ndarray:
@@ -94,7 +95,7 @@ def test_large_photos_are_made_smaller_for_the_page():
 
 def test_a_page_that_cannot_be_written_ends_the_run_with_a_sentence(project, run_train):
     Path("saved_images/index.html").mkdir(parents=True)
-    with pytest.raises(utils.UserError, match=r"index.html could not be written"):
+    with pytest.raises(UserError, match=r"index.html could not be written"):
         run_train("--num-epochs", "2")
 
 
@@ -152,7 +153,7 @@ def test_a_missing_tensorboard_is_named_with_its_install_line(project, run_train
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(utils.UserError, match="pip install tensorboard"):
+    with pytest.raises(UserError, match="pip install tensorboard"):
         run_train("--num-epochs", "1", "--tensorboard-dir", "runs")
 
 
@@ -168,5 +169,5 @@ def test_drawing_changes_no_weight(project, run_train, monkeypatch):
 
 def test_a_tensorboard_folder_that_cannot_be_written_is_named(project, run_train):
     Path("runs").touch()
-    with pytest.raises(utils.UserError, match="TENSORBOARD_DIR: runs cannot be written"):
+    with pytest.raises(UserError, match="TENSORBOARD_DIR: runs cannot be written"):
         run_train("--num-epochs", "1", "--tensorboard-dir", "runs")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sample_data
-from decoding import read_mask
-from pairing import find_pairs
+from machinery import sample_data
+from machinery.decoding import read_mask
+from machinery.files import find_pairs
 
 
 def test_layout_is_carvanas(drawn):

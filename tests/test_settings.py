@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import train
-import utils
-from settings import advise_on_epochs, parse_settings
+from machinery.errors import UserError
+from machinery.settings import parse_settings
 
 
 def test_every_constant_is_a_flag_and_the_only_default():
@@ -45,7 +45,7 @@ def test_constants_may_be_edited_to_lists_and_paths(monkeypatch):
 )  # fmt: skip
 def test_constants_edited_to_something_else_are_named(name, value, project, monkeypatch):
     monkeypatch.setattr(train, name, value)
-    with pytest.raises(utils.UserError, match=name):
+    with pytest.raises(UserError, match=name):
         train.main([])
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import split_data
-from decoding import UserError
-from pairing import find_pairs
+from machinery.errors import UserError
+from machinery.files import find_pairs
+from tools import split_data
 
 
 def zip_folder(folder: Path, target: Path, prefix: str = "") -> Path:

@@ -7,7 +7,7 @@ import torch
 from conftest import rows, same, weights
 
 import train
-from decoding import UserError
+from machinery.errors import UserError
 
 
 def test_a_new_run_begins_with_the_weights(project, run_train):

@@ -7,10 +7,11 @@ import torch
 from conftest import rows, same, weights
 from PIL import Image
 
-import sample_data
 import train
 import utils
-from decoding import read_mask
+from machinery import sample_data
+from machinery.decoding import read_mask
+from machinery.errors import UserError
 from model import UNet
 
 ROOT = Path(train.__file__).parent
@@ -45,7 +46,7 @@ def test_a_run_learns_and_leaves_what_is_promised(project, run_train, capsys):
 def test_saved_pictures_show_each_validation_batch(project, run_train):
     run_train("--num-epochs", "1", "--batch-size", "14")  # 32 photos: 14, 14 and 4
     pictures = [f"{kind}{n}.png" for kind in ("", "pred_", "overlay_") for n in range(3)]
-    others = [".lock", "curves.png", "index.html", "metrics.csv", "train_batch.png"]
+    others = [".lock", "curves.png", "index.html", "utils.csv", "train_batch.png"]
     assert sorted(path.name for path in Path("saved_images").iterdir()) == sorted(pictures + others)
     truth = np.asarray(Image.open("saved_images/0.png"))
     assert truth.shape == (4 * 34 + 2, 4 * 50 + 2)  # 4 columns, 2 pixels between photos
@@ -120,6 +121,6 @@ def test_a_fresh_clone_trains_on_cars_that_it_draws_once(fresh_clone, run_train,
 
 def test_some_photos_are_never_mixed_with_drawn_ones(fresh_clone, run_train):
     Image.new("RGB", (96, 64)).save("data/train_images/mine.jpg")
-    with pytest.raises(utils.UserError, match=r"data/train_masks"):
+    with pytest.raises(UserError, match=r"data/train_masks"):
         run_train()
     assert not fresh_clone

@@ -11,8 +11,8 @@ import torch
 from conftest import SMALL
 from PIL import Image
 
-import distributed
 import train
+from machinery import errors
 
 
 def first(folder: str) -> Path:
@@ -127,7 +127,7 @@ def test_mistakes_end_with_one_sentence(mistake, project, capsys):
     before = files_below(project)
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        distributed.run(lambda: train.main([*SMALL, *flags]))
+        errors.run(lambda: train.main([*SMALL, *flags]))
     message = exit_.value.code  # a text here is what Python prints before it exits with status 1
     assert isinstance(message, str) and message.startswith("error: ")
     assert "\n" not in message and named in message and ": " in message.removeprefix("error: ")
@@ -154,5 +154,5 @@ def test_a_photo_that_breaks_while_workers_read_it_is_named(project, monkeypatch
 
     monkeypatch.setattr(train.CarvanaDataset, "prepare", break_afterwards)
     with pytest.raises(SystemExit) as exit_:
-        distributed.run(lambda: train.main([*SMALL, "--cache-dir", "none", "--num-workers", "2"]))
+        errors.run(lambda: train.main([*SMALL, "--cache-dir", "none", "--num-workers", "2"]))
     assert exit_.value.code.startswith("error: data/train_images/") and "\n" not in exit_.value.code

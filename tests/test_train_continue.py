@@ -18,10 +18,10 @@ import pytest
 import torch
 from conftest import SMALL, rows, same, weights
 
-import distributed
-import metrics
 import train
 import utils
+from machinery import checkpoints, errors
+from machinery.errors import UserError
 
 ROOT = Path(train.__file__).parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", 2))  # 20 for a thorough look
@@ -52,7 +52,7 @@ class Training(CONTEXT.Process):
         sys.stdout.reconfigure(line_buffering=True)
         flags, largest_file = self._args
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        distributed.run(lambda: train.main([*SMALL, *flags]))
+        errors.run(lambda: train.main([*SMALL, *flags]))
 
     def output(self) -> str:
         return "".join(path.read_text() for path in self.printed)
@@ -69,7 +69,7 @@ class Training(CONTEXT.Process):
 
 
 def scores() -> list[dict[str, str]]:
-    """metrics.csv apart from times."""
+    """utils.csv apart from times."""
     return [{name: value for name, value in row.items() if "second" not in name} for row in rows()]
 
 
@@ -170,7 +170,7 @@ def stop_after(steps: int, run_train, monkeypatch, *flags: str) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_step", step)
-        with pytest.raises(distributed.Stopped):
+        with pytest.raises(errors.Stopped):
             run_train(*flags)
     assert len(done) == steps
 
@@ -211,7 +211,7 @@ def test_another_batch_size_goes_on_at_the_same_image(project, run_train, monkey
 def test_what_cannot_change_is_refused_and_named(project, run_train, flags, named):
     run_train("--num-epochs", "1")
     before = CHECKPOINT.read_bytes()
-    with pytest.raises(utils.UserError, match=named):
+    with pytest.raises(UserError, match=named):
         run_train("--num-epochs", "2", "--load-model", *flags)
     assert CHECKPOINT.read_bytes() == before
 
@@ -243,7 +243,7 @@ def test_other_training_photos_begin_the_epoch_anew_and_other_validation_photos_
         photo = sorted(Path(f"data/{folder}_images").iterdir())[0]
         photo.unlink()
         Path(f"data/{folder}_masks/{photo.stem}_mask.gif").unlink()
-    monkeypatch.setattr(metrics, "dice_scores", lambda tp, fp, fn: torch.zeros_like(tp))
+    monkeypatch.setattr(utils, "dice_scores", lambda tp, fp, fn: torch.zeros_like(tp))
     run_train("--num-epochs", "2", "--load-model")
     out = capsys.readouterr().out
     assert (
@@ -282,7 +282,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(project, run_train):
     newer = torch.load(CHECKPOINT) | {"format": 99}
     newer["model"]["attention"] = True
     utils.save_checkpoint(newer, CHECKPOINT)
-    with pytest.raises(utils.UserError, match=r"format 99, newer than .*: update the repository"):
+    with pytest.raises(UserError, match=r"format 99, newer than .*: update the repository"):
         run_train("--num-epochs", "2", "--load-model")
 
 
@@ -290,7 +290,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(project, run_train):
 def test_a_checkpoint_of_another_optimizer_is_refused(project, run_train, monkeypatch, groups):
     run_train("--num-epochs", "1")
     monkeypatch.setattr(train, "Muon", lambda both: torch.optim.SGD(both[:groups]))
-    with pytest.raises(utils.UserError, match="of another optimizer"):
+    with pytest.raises(UserError, match="of another optimizer"):
         run_train("--num-epochs", "2", "--load-model")
 
 
@@ -340,8 +340,8 @@ def two_checkpoints(tmp_path_factory) -> tuple[bytes, bytes, dict]:
         "preprocessing": {"height": 32, "width": 48, "mean": train.MEAN, "std": train.STD},
     }
     for epoch in (1, 2):
-        utils.save_checkpoint(state | {"epoch": epoch}, path, utils.sibling(path, ".prev"))
-    return path.read_bytes(), utils.sibling(path, ".prev").read_bytes(), state
+        utils.save_checkpoint(state | {"epoch": epoch}, path, checkpoints.sibling(path, ".prev"))
+    return path.read_bytes(), checkpoints.sibling(path, ".prev").read_bytes(), state
 
 
 def damaged_files(whole: bytes) -> list[bytes]:
@@ -362,7 +362,7 @@ def test_damage_is_never_a_traceback_nor_silently_other_weights(two_checkpoints,
         CHECKPOINT.write_bytes(damaged)
         try:
             assert same(utils.load_checkpoint(CHECKPOINT)["state_dict"], state["state_dict"])
-        except utils.UserError as error:
+        except UserError as error:
             assert "my_checkpoint.pth.tar is damaged" in str(error) and "\n" not in str(error)
             refused += 1
     assert refused > 80  # the other bytes are padding
@@ -396,7 +396,7 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path, m
         assert zipfile.is_zipfile(CHECKPOINT)
     else:
         CHECKPOINT.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(utils.UserError, match="could run code" if as_zip else "no checkpoint"):
+    with pytest.raises(UserError, match="could run code" if as_zip else "no checkpoint"):
         utils.load_checkpoint(CHECKPOINT)
     assert not Path("evil_ran").exists()
 
@@ -411,7 +411,7 @@ def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     state = SimpleNamespace(state_dict=lambda: {"epoch": 2})
-    with utils.CheckpointWriter(path, {}) as writer, pytest.raises(utils.UserError, match="No space left"):
+    with checkpoints.CheckpointWriter(path, {}) as writer, pytest.raises(UserError, match="No space left"):
         writer.save(state)
         writer.wait()
     assert torch.load(path) == {"epoch": 1}
@@ -434,7 +434,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_load
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
     weight = torch.zeros(1000)
     state = SimpleNamespace(state_dict=lambda: {"weight": weight, "again": [weight]})
-    with utils.CheckpointWriter(tmp_path / "a.pth.tar", {}) as writer:
+    with checkpoints.CheckpointWriter(tmp_path / "a.pth.tar", {}) as writer:
         writer.save(state)
         weight += 1
         writer.wait()

@@ -11,13 +11,13 @@ import pytest
 from conftest import SMALL, rows
 from test_train_continue import Training
 
-import distributed
 import train
+from machinery import checkpoints, errors
 
 
 def error_of(*flags: str) -> str:
     with pytest.raises(SystemExit) as exit_:
-        distributed.run(lambda: train.main([*SMALL, *flags]))
+        errors.run(lambda: train.main([*SMALL, *flags]))
     return str(exit_.value.code)
 
 
@@ -32,14 +32,14 @@ def other_run(project):
 
 
 def test_a_second_run_is_refused_before_it_touches_anything(other_run, monkeypatch):
-    monkeypatch.setattr(distributed, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0.2)
     message = "is in use by another run: wait for its end, or choose another"
     assert error_of() == f"error: CHECKPOINT my_checkpoint.pth.tar {message}"
     assert error_of("--load-model") == f"error: CHECKPOINT my_checkpoint.pth.tar {message}"
     assert error_of("--checkpoint", "other.pth.tar") == f"error: SAVED_IMAGES_DIR saved_images {message}"
     assert not list(Path().glob("*_1*")) and not list(Path().glob("other*")) and other_run.is_alive()
     train.main([*SMALL, "--num-epochs", "1", "--checkpoint", "other.pth.tar", "--saved-images-dir", "other"])
-    assert Path("other/metrics.csv").exists()
+    assert Path("other/utils.csv").exists()
 
 
 HOLD = """

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import SMALL, rows, same, weights
 
-import optimizer
 import train
 import utils
-from device import Device
+from machinery import muon
+from machinery.device import Device
+from machinery.errors import UserError
+from machinery.settings import parse_settings
 from model import DoubleConv
-from settings import parse_settings
 
 CPU = Device(torch.device("cpu"), torch.float32)
 
@@ -162,8 +163,8 @@ def test_muon_takes_any_number_of_groups():
     for kernel, twin in zip(kernels, twins, strict=True):
         kernel.grad, twin.grad = torch.ones_like(kernel), torch.ones_like(kernel)
     for group, twin in zip(groups, twins, strict=True):
-        optimizer.Muon([group | {"params": [twin]}]).step()
-    optimizer.Muon(groups).step()
+        muon.Muon([group | {"params": [twin]}]).step()
+    muon.Muon(groups).step()
     assert all(torch.equal(kernel, twin) for kernel, twin in zip(kernels, twins, strict=True))
 
 
@@ -183,7 +184,7 @@ def test_a_loss_that_is_not_finite_names_the_photos_and_leaves_the_checkpoint(pr
         return train_step(state, images, *rest)
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    with pytest.raises(utils.UserError) as error:
+    with pytest.raises(UserError) as error:
         run_train("--num-epochs", "2", "--load-model", "--checkpoint-minutes", "0")
     sampler = utils.Batches(64, 4, seed=0)
     sampler.epoch = 1
@@ -205,7 +206,7 @@ def test_weights_that_are_not_finite_are_never_saved(project, run_train, monkeyp
         return loss
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    with pytest.raises(utils.UserError, match="training diverged"):
+    with pytest.raises(UserError, match="training diverged"):
         run_train("--num-epochs", "1", "--batch-size", "64")
     assert not Path("my_checkpoint.pth.tar").exists()
 
@@ -223,7 +224,7 @@ def test_out_of_memory_says_what_to_lower(project, run_train, monkeypatch, messa
         raise RuntimeError(message)
 
     monkeypatch.setattr(train, "train_step", too_large)
-    with pytest.raises(utils.UserError, match=r"BATCH_SIZE 4 and 32 x 48 pixels.*ACCUMULATION"):
+    with pytest.raises(UserError, match=r"BATCH_SIZE 4 and 32 x 48 pixels.*ACCUMULATION"):
         run_train()
 
 

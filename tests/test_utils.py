@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score
 from torch import nn
 
-import metrics
 import utils
-from device import Device
+from machinery.device import Device
 from train import image_losses
 
 CPU = Device(torch.device("cpu"), torch.float32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
@@ -66,12 +65,12 @@ def test_metrics_equal_those_of_scikit_learn(images_and_masks, batch_size):
     ],
 )
 def test_dice_and_iou_by_hand(prediction, mask, dice, iou):
-    tp, fp, fn, tn = metrics.confusion(
+    tp, fp, fn, tn = utils.confusion(
         torch.tensor([prediction]).bool(), torch.tensor([mask]).bool(), torch.ones(1, 4).bool()
     )
     assert tp + fp + fn + tn == 4
-    assert metrics.dice_scores(tp, fp, fn).item() == pytest.approx(dice)
-    assert metrics.iou_scores(tp, fp, fn).item() == pytest.approx(iou)
+    assert utils.dice_scores(tp, fp, fn).item() == pytest.approx(dice)
+    assert utils.iou_scores(tp, fp, fn).item() == pytest.approx(iou)
 
 
 def test_a_probability_of_one_half_is_background(images_and_masks):

@@ -5,8 +5,8 @@ So the number of processes changes next to nothing. Muon makes steps of the roun
 
 from torch import nn, optim
 
-import distributed
 import train
+from machinery import errors
 
 
 class GroupNorm(nn.GroupNorm):
@@ -17,4 +17,4 @@ class GroupNorm(nn.GroupNorm):
 if __name__ == "__main__":
     nn.BatchNorm2d = GroupNorm
     train.Muon = lambda groups: optim.SGD(groups)
-    distributed.run(train.main)
+    errors.run(train.main)

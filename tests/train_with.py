@@ -3,9 +3,9 @@
 import multiprocessing
 import sys
 
-import distributed
 import train
+from machinery import errors
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
-    distributed.run(lambda: train.main(sys.argv[2:]))
+    errors.run(lambda: train.main(sys.argv[2:]))

@@ -5,12 +5,10 @@ A new format is a function from a file to Annotations, and two lines in read_fil
 
 import base64
 import csv
-import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -20,11 +18,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from decoding import UserError, opened
-from pairing import MASK_SUFFIX
-from polygons import box_ring, ellipse_ring, outlines, polygon_mask, ring_of, turned
-from submission import rle_decode
-from utils import saving
+from machinery.decoding import opened
+from machinery.errors import UserError
+from machinery.files import MASK_SUFFIX
+from machinery.outputs import is_untouched
+from machinery.shapes import box_ring, coco_mask, counts_mask, ellipse_ring, polygon_mask, ring_of, runs_mask, turned
 
 STUMBLES = (  # of parsers, where a file does not hold what it should
     ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, csv.Error,
@@ -82,51 +80,6 @@ def placed(part: Callable[[], np.ndarray], left: int, top: int, size: tuple[int,
     height, width = np.minimum(place.shape, pixels.shape)
     place[:height, :width] = pixels[:height, :width]
     return mask
-
-
-def counts_mask(counts: list[int], size: tuple[int, int], order: str = "C") -> np.ndarray:
-    """Of run lengths, alternately background and object, along the rows (order "C") or down the columns ("F")."""
-    counts, pixels = np.array(counts, np.int64), size[0] * size[1]
-    if counts.sum() != pixels or (counts < 0).any() or pixels > 1e9:
-        raise ValueError(f"its run lengths do not fill {size[1]} x {size[0]} pixels")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size, order=order)
-
-
-def runs_mask(runs: str, is_by_rows: bool, size: tuple[int, int]) -> np.ndarray:
-    """Of Kaggle's "start length start length ...", from 1, along the rows or down the columns."""
-    numbers = np.array(runs.split(), np.int64)
-    if len(numbers) % 2:
-        raise ValueError("its runs are not pairs of start and length")
-    numbers = numbers.reshape(-1, 2)
-    if (numbers < 1).any() or numbers.sum(1).max(initial=0) > size[0] * size[1] + 1:
-        raise ValueError(f"its runs do not fit {size[1]} x {size[0]} pixels")
-    return (rle_decode(runs, size) if is_by_rows else rle_decode(runs, size[::-1]).T) == 1
-
-
-def coco_mask(counts: list[int] | str, own_size: list[int], size: tuple[int, int]) -> np.ndarray:
-    """Of COCO's run lengths, as a list or as its text. Raises ValueError where they are of another size."""
-    if tuple(own_size) != size:
-        raise ValueError(f"its mask is {own_size[1]} x {own_size[0]}, but its photo {size[1]} x {size[0]}")
-    return counts_mask(coco_counts(counts) if isinstance(counts, str) else counts, size, "F")
-
-
-def coco_counts(text: str) -> list[int]:
-    """Run lengths from COCO's text: 5 bits a character, the lowest first, and bit 5 where another one follows.
-
-    From the fourth number on they are differences to the last but one.
-    https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c, rleFrString
-    """
-    counts, number, shift = [], 0, 0
-    for character in text:
-        bits = ord(character) - 48
-        number |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:  # the sign
-                number -= 1 << shift
-            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
-            number, shift = 0, 0
-    return counts
 
 
 def png_mask(png: str) -> np.ndarray:
@@ -342,57 +295,3 @@ def label_image(file: Path) -> Annotation | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks -> LabelMe's files
-
-
-def made_by_hand(photo: Path, path: Path) -> Path | None:
-    """The file of outlines that a person has made or saved: one of LabelMe beside the photo, or whatever is at `path`.
-
-    None where there is none, or one that is as predict.py wrote it. Raises UserError for one that cannot be read.
-    """
-    for file in filter(Path.exists, (photo.with_suffix(".json"), path)):
-        content = None
-        try:
-            with suppress(ValueError, RecursionError):
-                content = json.loads(file.read_text("utf-8-sig"))
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}): move it away") from error
-        is_labelme = isinstance(content, dict) and "shapes" in content
-        if not is_untouched(content) and (is_labelme or file == path):
-            return file
-    return None
-
-
-def write_labelme(path: Path, mask: np.ndarray, photo: Path, label: str, min_area: int) -> None:
-    """Writes a mask, uint8 (H, W), in which 0 is background, as polygons that LabelMe opens.
-
-    https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py
-    """
-    try:
-        image_path = Path(os.path.relpath(photo, path.parent))
-    except ValueError:  # on Windows, where it is on another disk
-        image_path = photo.absolute()
-    content = {
-        "version": "5.5.0",
-        "flags": {},
-        "shapes": [
-            {"label": label, "points": ring.tolist(), "group_id": None, "shape_type": "polygon", "flags": {}}
-            for ring in outlines(mask, min_area)
-        ],
-        "imagePath": image_path.as_posix(),
-        "imageData": None,
-        "imageHeight": mask.shape[0],
-        "imageWidth": mask.shape[1],
-    }
-    with saving(path) as temporary:
-        temporary.write_text(json.dumps(content | {"predicted": digest(content)}), encoding="utf-8")
-
-
-def digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def is_untouched(content: object) -> bool:
-    """Whether predict.py wrote it, and nobody has saved it since: LabelMe keeps `predicted`, and adds to the rest."""
-    if not isinstance(content, dict):
-        return False
-    return content.get("predicted") == digest({name: content[name] for name in content if name != "predicted"})

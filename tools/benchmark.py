@@ -38,19 +38,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import augmentation
-import dataset
 import predict
 import train
 import utils
-from dataset import CarvanaDataset, written_whole
-from decoding import UserError
-from device import Device, choose_device, choose_num_workers, tune
-from distributed import run
+from dataset import CarvanaDataset
+from machinery import decoding
+from machinery.device import Device, choose_device, choose_num_workers, tune
+from machinery.errors import UserError, run
+from machinery.files import find_pairs, written_whole
+from machinery.report import Report
+from machinery.sample_data import draw_dataset, use_sample_if_empty
+from machinery.settings import Parser, check_settings, parse_settings
 from model import UNet
-from pairing import find_pairs
-from report import Report
-from sample_data import draw_dataset, use_sample_if_empty
-from settings import Parser, check_settings, parse_settings
+from predict import full_size_dice
 
 ROUNDS = 3  # each contender runs once a round, in turn, so that a noisy machine is noisy for all
 
@@ -105,7 +105,7 @@ def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
     classic: in every epoch Pillow decodes both in full, and albumentations resizes, augments as train.py does, and
     normalises. cold: the first epoch, which builds the cache. warm: every later one.
     """
-    dataset.NUM_THREADS = 1
+    decoding.NUM_THREADS = 1
     size = s.image_height, s.image_width
     augment = train.make_augmentation()
     classic_transform = classic_augmentation(s)
@@ -328,9 +328,9 @@ def benchmark_validate(s: SimpleNamespace) -> dict[str, float]:
                 times["scores_and_queue"].append(time.perf_counter() - start)
                 report.finish([{"epoch": number + 1, **metrics}], [photo_dice])
             times["pictures"].append(time.perf_counter() - start)
-            for name, threads in (("full_size_one_thread", 1), ("full_size", dataset.NUM_THREADS)):
+            for name, threads in (("full_size_one_thread", 1), ("full_size", decoding.NUM_THREADS)):
                 with mock.patch.object(utils, "NUM_THREADS", threads):
-                    times[name].append(seconds(lambda: utils.full_size_dice(loader, network, device)))
+                    times[name].append(seconds(lambda: full_size_dice(loader, network, device)))
     return {f"{name}_ms": 1000 * statistics.median(values) / len(sets[1]) for name, values in times.items()}
 
 

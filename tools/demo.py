@@ -20,11 +20,12 @@ import torch
 from PIL import Image, ImageColor
 
 import utils
-from decoding import UserError, enlarge, read_image
-from distributed import run
-from predict import Prediction, Predictor, find_photos, load_model, write_png
-from settings import Parser
-from tiles import pooled
+from machinery.decoding import read_image
+from machinery.errors import UserError, run
+from machinery.outputs import Prediction, write_png
+from machinery.report import pooled
+from machinery.settings import Parser
+from predict import Predictor, enlarge, find_photos, load_model
 
 SHOWN = 1280  # pixels of the longer side of what is shown; what is downloaded has the photo's own size
 SECONDS = 3600  # that photos and results are kept; the end of the program removes them, too

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from crops import cut
-from dataset import NUM_THREADS, in_threads, large_ones_wait, read_sample
-from decoding import VOID, UserError
-from distributed import run
-from metrics import confusion, dice_scores
-from pairing import MASK_SUFFIX, find_pairs
+from dataset import cut
+from machinery.decoding import NUM_THREADS, VOID, in_threads, large_ones_wait, read_sample
+from machinery.errors import UserError, run
+from machinery.files import MASK_SUFFIX, check_writable, find_pairs, saving
+from machinery.sample_data import VIEWS, draw_photo
+from machinery.settings import Parser
 from predict import Predictor, load_model
-from sample_data import VIEWS, draw_photo
-from settings import Parser, check_writable
+from utils import confusion, dice_scores
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 THRESHOLD = 0.5  # the probability above which a pixel is foreground
@@ -216,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         metadata["dice"] = f"{checkpoint['history'][-1]['dice']:.4f}"  # on the validation photos, in training
     content = to_onnx(model, metadata)
     compare(content, model, checkpoint.get("settings", {}), args.output)
-    with utils.saving(args.output) as temporary:
+    with saving(args.output) as temporary:
         temporary.write_bytes(content)
     print(f"{args.output} has {len(content) / 1e6:.1f} MB.")
 

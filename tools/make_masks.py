@@ -29,12 +29,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from annotations import Annotation, label_image, read_file, reading
-from dataset import NUM_THREADS, link_or_copy
-from decoding import VOID, Note, UserError, holds_void, opened, orientation_of, upright, upright_size
-from distributed import run
-from pairing import MASK_SUFFIX, SUFFIXES, free_name, is_image, key_of, nfc, stem_of
-from settings import Parser
+from machinery.decoding import NUM_THREADS, VOID, Note, holds_void, opened, orientation_of, upright, upright_size
+from machinery.errors import UserError, run
+from machinery.files import MASK_SUFFIX, SUFFIXES, free_name, is_image, key_of, link_or_copy, nfc, stem_of
+from machinery.settings import Parser
+from tools.annotations import Annotation, label_image, read_file, reading
 
 MANIFEST = "make_masks.json"  # in the output folder: what was written, so that nothing else is ever replaced
 

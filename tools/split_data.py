@@ -8,6 +8,7 @@ Files gather in data/.split first, and move to their places when every pair is t
 stopped anywhere is simply run again; originals are deleted (--move) last of all.
 """
 
+import copy
 import json
 import os
 import re
@@ -21,11 +22,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from dataset import car_of, copy, link_or_copy, read_sample, written_whole
-from decoding import UserError
-from distributed import run
-from pairing import MASK_SUFFIX, find_pairs, is_image, nfc, passed_over, stem_of
-from settings import Parser
+from machinery.decoding import read_sample
+from machinery.errors import UserError, run
+from machinery.files import MASK_SUFFIX, find_pairs, is_image, link_or_copy, nfc, passed_over, stem_of, written_whole
+from machinery.samples import car_of
+from machinery.settings import Parser
 
 NOT_SEARCHED = {"test", "test_hq", "sample", "cache", "saved_images"}  # test photos have no masks; the others are ours
 

@@ -1,0 +1,395 @@
+"""What a run keeps: its state, the files that hold it, and what may continue with them."""
+
+import os
+import pickle
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from machinery import processes
+from machinery.decoding import Rule, rule_from
+from machinery.errors import UserError
+from machinery.files import saving
+from machinery.samples import Samples
+
+LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
+FORMAT = 5  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save(state: dict, path: Path, previous: Path | None = None) -> None:
+    """Write a checkpoint, which appears when it is complete; the one before is kept as `previous` if that is given.
+
+    Raises UserError where it cannot be written.
+    """
+    with saving(path, previous) as temporary:
+        torch.save(state, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
+    """Read a checkpoint of any format onto the CPU. Raises UserError if it is missing, damaged or something else.
+
+    `build_network` makes the network of which checkpoint["state_dict"] has the weights from checkpoint["model"].
+    """
+    if damage := _damage(path):
+        raise UserError(f"{path} {damage}: choose another, or train first")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} could run code, which no checkpoint of train.py does: use another") from error
+    except Exception as error:  # torch.load raises many kinds on files of other kinds
+        raise UserError(f"{path} is not from this train.py: choose another, or train again") from error
+    is_newer = False
+    try:
+        checkpoint = _upgraded(checkpoint)
+        is_newer = checkpoint["format"] > FORMAT
+        with torch.device("meta"):
+            wanted = build_network(checkpoint["model"]).state_dict()
+        fits = {"height", "width", "mean", "std"} <= checkpoint["preprocessing"].keys() and {
+            name: weight.shape for name, weight in checkpoint["state_dict"].items()
+        } == {name: weight.shape for name, weight in wanted.items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        fits = False
+    if is_newer:
+        raise UserError(f"{path} has format {checkpoint['format']}, newer than this train.py's: update the repository")
+    if not fits:
+        raise UserError(f"{path} is not from this train.py: choose another, or train again")
+    return checkpoint
+
+
+def _upgraded(checkpoint: dict) -> dict:
+    """A checkpoint of any format as one of today's."""
+    lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0), "optimizer_name": "Muon"}
+    lacking |= {"rule": asdict(Rule(low=0.0, high=65535.0)), "photo_size": None}
+    return lacking | checkpoint
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the zip file that torch.save has written: torch.load does not look at its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                return "is damaged"
+        torch.load(path, "cpu", weights_only=True, mmap=True)  # looks at the rest of the zip file, and reads no weights
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): fix that, or choose another") from error
+    except pickle.UnpicklingError:  # of which load_checkpoint says more
+        pass
+    except Exception:  # zipfile raises many kinds on damaged files
+        return "is damaged or no checkpoint"
+    return None
+
+
+def sibling(path: Path, tag: str) -> Path:
+    """A file that belongs to a checkpoint: my_checkpoint.pth.tar, "_best" -> my_checkpoint_best.pth.tar"""
+    stem, dot, suffixes = path.name.partition(".")
+    return path.with_name(f"{stem}{tag}{dot}{suffixes}")
+
+
+def set_aside(path: Path) -> None:
+    """Renames the checkpoints of an earlier run, so that a new one does not overwrite them, and prints a line."""
+    if not any(sibling(path, tag).exists() for tag in ("", ".prev", "_best")):
+        return
+    run = 1
+    while any(sibling(path, f"_{run}{tag}").exists() for tag in ("", ".prev", "_best")):
+        run += 1
+    kept = sibling(path, f"_{run}")
+    for tag in ("", ".prev", "_best"):
+        if sibling(path, tag).exists():
+            sibling(path, tag).replace(sibling(kept, tag))
+    print(f"{path} of an earlier run is now {kept} (LOAD_MODEL = True would have continued it).")
+
+
+def restore_previous(path: Path) -> None:
+    """Where a checkpoint is damaged, or missing since a kill fell between two renames, puts the one before there."""
+    damage, previous = _damage(path), sibling(path, ".prev")
+    if damage and not _damage(previous):
+        print(f"{path} {damage}: {previous.name}, the checkpoint before it, takes its place.")
+        if path.exists():
+            path.replace(sibling(path, ".damaged"))
+        previous.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state
+
+
+@dataclass
+class Epoch:
+    """The part of the state that begins anew with each epoch."""
+
+    images: int = 0  # photos that were trained on
+    computed: int = 0  # the same, and those that came twice to fill the last batch
+    losses: dict[int, Tensor] = field(default_factory=dict)  # of each batch, summed; by the `images` before it
+    seconds: float = 0.0  # of training
+
+
+@dataclass
+class State:
+    """All that training changes: a checkpoint keeps it, and continuing restores it."""
+
+    model: nn.Module
+    config: dict  # what build_network made the model of
+    forward: nn.Module  # the model, compiled or not, which under torchrun shares its gradients
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    history: list[dict] = field(default_factory=list)  # the rows of metrics.csv, one for each epoch that has ended
+    photo_dice: list[list[float]] = field(default_factory=list)  # of each validation photo in each of these epochs
+    best: float = -1.0  # Dice of the best epoch
+    epoch: Epoch = field(default_factory=Epoch)  # the one under way
+
+    def state_dict(self) -> dict:
+        return vars(self.epoch) | {
+            "losses": {images: loss.item() for images, loss in self.epoch.losses.items()},
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": type(self.optimizer).__name__,
+            "scaler": self.scaler.state_dict(),  # empty unless it trains in fp16
+            "epoch": len(self.history),
+            "history": self.history,
+            "photo_dice": self.photo_dice,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, checkpoint: dict) -> None:
+        self.model.load_state_dict(checkpoint["state_dict"])
+        restore(self.optimizer, checkpoint["optimizer_name"], checkpoint["optimizer"])
+        if checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.history, self.photo_dice, self.best = (checkpoint[name] for name in ("history", "photo_dice", "best"))
+        self.epoch = Epoch(**{name: checkpoint[name] for name in vars(self.epoch)})
+        device = next(self.model.parameters()).device
+        self.epoch.losses = {images: torch.tensor(loss, device=device) for images, loss in self.epoch.losses.items()}
+
+
+def restore(optimizer: torch.optim.Optimizer, name: str, state: dict) -> None:
+    """Continues with the state dict of an optimizer of that name, at today's rates. Raises UserError for another's."""
+    todays = [dict(group, params=None) for group in optimizer.param_groups]
+    try:
+        if name != (now := type(optimizer).__name__):
+            raise ValueError(f"{name}, not {now}")
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(f"the checkpoint is of another optimizer ({error}): use that one, or train anew") from error
+    for group, options in zip(optimizer.param_groups, todays, strict=True):
+        group |= options | {name: group[name] for name in ("params", "lr")}  # today's LEARNING_RATE and so on
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints in a thread: training waits only until tensors are copied to the host's memory.
+
+    `header` begins each of them; the newest state goes to `path`, the best weights to its sibling "_best". Where a run
+    `is_new`, those of an earlier one are set aside.
+    """
+
+    def __init__(self, path: Path, header: dict, is_new: bool) -> None:
+        self.path, self.best_path = path, sibling(path, "_best")
+        self.header, self.is_new = header, is_new
+
+    def __enter__(self) -> "CheckpointWriter":
+        if self.is_new and processes.RANK == 0:
+            set_aside(self.path)
+        self.thread, self.pending, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown()
+
+    def save(self, state: object, is_best: bool = False) -> None:
+        """Queues what state.state_dict() returns, which is copied now, and the best weights if these are."""
+        if processes.RANK > 0:
+            return
+        newest = self.header | state.state_dict()
+        files = [(newest, self.path, sibling(self.path, ".prev"))]
+        if is_best:
+            weights = self.header | {name: newest[name] for name in ("state_dict", "epoch", "history")}
+            files.insert(0, (weights, self.best_path, None))
+        self.wait()
+        self.pending = self.thread.submit(lambda copies: [save(*copy) for copy in copies], _copy(files, {}))
+        self.saved_at = time.monotonic()
+
+    def seconds_since_save(self) -> float:
+        return time.monotonic() - self.saved_at
+
+    def wait(self) -> None:
+        """Waits until everything is written. Raises UserError where that failed."""
+        if self.pending:
+            self.pending.result()
+
+
+def _copy(value: object, copies: dict[int, Tensor]) -> object:
+    """A copy whose tensors are in the host's memory; one that occurs twice is copied once."""
+    if isinstance(value, Tensor):
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().to("cpu", copy=True)
+        return copies[id(value)]
+    if isinstance(value, dict):
+        return {key: _copy(item, copies) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(item, copies) for item in value)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Continuing
+
+
+@dataclass
+class Beginning:
+    """The checkpoint that a run continues, or with whose weights (START_FROM) it begins; None for both is anew."""
+
+    continued: dict | None
+    started_from: dict | None
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule by which a continued run decodes its files."""
+        return rule_from(self.continued and self.continued["rule"])
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the run began with the weights of START_FROM."""
+        return bool(self.started_from or (self.continued and self.continued["settings"].get("start_from")))
+
+    @property
+    def has_weights(self) -> bool:
+        return bool(self.continued or self.started_from)
+
+    def header(self, s: SimpleNamespace, config: dict, train_set: Samples, val_set: Samples) -> dict:
+        """Return what each checkpoint of the run holds besides its state: enough to predict and to continue.
+
+        `config` is what build_network made the network of.
+        """
+        settings = vars(s)
+        if self.continued:  # it goes on as it began
+            settings = settings | {"start_from": self.continued["settings"].get("start_from")}
+        return {
+            "format": FORMAT,
+            "model": config,
+            "preprocessing": {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std}
+            | ({"scale": float(s.scale)} if s.crop else {}),
+            "rule": asdict(train_set.rule),
+            "photo_size": [int(np.median(train_set.infos[name])) for name in ("height", "width")],
+            "settings": settings,
+            "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
+        }
+
+    def load_into(self, state: State, header: dict) -> None:
+        """Give a new state what the checkpoint holds."""
+        if self.continued:
+            state.load_state_dict(adapted(self.continued, header))
+        else:
+            state.model.load_state_dict(self.started_from["state_dict"])
+
+
+def begin(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> Beginning:
+    """Read what a run with the settings s begins with. Raises UserError if they do not allow it.
+
+    When torchrun starts the processes again because one has died, they continue by themselves.
+    """
+    # Of several machines' torchruns only the one whose process has died counts the restart
+    is_restart = processes.all_reduce_max(processes.RESTARTS) > 0
+    continued = processes.broadcast_object(_to_continue, s, load_checkpoint, is_restart)
+    if continued or not s.start_from:
+        return Beginning(continued, None)
+    return Beginning(None, processes.broadcast_object(_to_start_from, s, load_checkpoint))
+
+
+def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], is_restart: bool) -> dict | None:
+    path = Path(s.checkpoint)
+    if is_restart or s.load_model:
+        restore_previous(path)
+    if not (s.load_model or (is_restart and path.exists())):
+        return None
+    checkpoint = load_checkpoint(path)
+    if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
+        raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
+    newer = {"encoder": None, "crop": None, "scale": 1.0, "dice_weight": 0.0}  # settings, which older checkpoints lack
+    before = vars(s) | newer | checkpoint["settings"]
+    network = "encoder" if s.encoder or before["encoder"] else "features"  # another encoder has its own MEAN, too
+    size = ("crop", "scale") if s.crop or before["crop"] else ("image_height", "image_width")
+    fixed = (network, *size, "mean", "std", "foreground_values") if before["encoder"] == s.encoder else (network,)
+    if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
+        raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
+    if checkpoint["epoch"] >= s.num_epochs:
+        print(f"{path} has {checkpoint['epoch']} epochs already: a larger NUM_EPOCHS continues it.")
+    free = ("batch_size", "accumulation", "num_epochs", "learning_rate", "weight_decay", "dice_weight", "clip_norm")
+    for name in (*free, "seed", "device", "precision", "num_workers"):
+        if before[name] != getattr(s, name):
+            print(f"{name.upper()} was {before[name]} and is {getattr(s, name)} from here on.")
+    return checkpoint
+
+
+def adapted(checkpoint: dict, header: dict) -> dict:
+    """The checkpoint without what is void with today's photos, masks and seed; prints what that is."""
+    data, settings = ([side[name] for side in (header, checkpoint)] for name in ("data", "settings"))
+    if data[0]["val"] != data[1]["val"]:
+        print("The validation photos have changed: scores before and after do not compare, and a new best is sought.")
+        checkpoint |= {"best": -1.0, "photo_dice": []}
+    if not sibling(Path(settings[0]["checkpoint"]), "_best").exists():
+        checkpoint["best"] = -1.0
+    if data[0]["train"] != data[1]["train"]:
+        print("The training photos have changed.")
+    if data[0]["train"] != data[1]["train"] or settings[0]["seed"] != settings[1]["seed"]:
+        if checkpoint["images"]:
+            print("The epoch that was cut off begins anew.")
+        checkpoint |= {"images": 0, "computed": 0, "losses": {}, "seconds": 0.0}
+    print(f"Continuing after {checkpoint['epoch']} epochs and {checkpoint['images']} images of the next.")
+    return checkpoint
+
+
+def _to_start_from(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> dict:
+    """Read START_FROM and print what it is. Raises UserError where its network is not that of the settings."""
+    checkpoint = load_checkpoint(Path(s.start_from))
+    config, before = checkpoint["model"], checkpoint["preprocessing"]
+    for name, own, wanted in (
+        ("ENCODER", config.get("encoder"), s.encoder),
+        ("FEATURES", None if s.encoder else tuple(config.get("features") or ()), None if s.encoder else s.features),
+    ):
+        if own != wanted:
+            raise UserError(f"{s.start_from} has {name} = {own}, but it is {wanted} here: set {name} to {own}")
+    rows = checkpoint.get("history")
+    dice = f", Dice {rows[-1]['dice']:.4f}" if rows else ""
+    print(f"Starting from {s.start_from} (epoch {checkpoint.get('epoch')}{dice}), with 0.3 of LEARNING_RATE.")
+    for name in ("mean", "std"):
+        if tuple(before[name]) != tuple(getattr(s, name)):
+            print(f"{name.upper()} was {before[name]} there and is {getattr(s, name)} here.")
+    return checkpoint
+
+
+@contextmanager
+def reserved(s: SimpleNamespace) -> Iterator[None]:
+    """Reserve CHECKPOINT and SAVED_IMAGES_DIR for this run. Raises UserError where another one uses them."""
+    path = Path(s.checkpoint)
+    files = {"CHECKPOINT": path.with_name(f".{path.name}.lock"), "SAVED_IMAGES_DIR": Path(s.saved_images_dir, ".lock")}
+    with ExitStack() as locks:
+        for setting, file in files.items() if processes.RANK == 0 else ():
+            try:
+                try:
+                    locks.enter_context(FileLock(file, timeout=0))
+                except Timeout:
+                    tqdm.write(f"Another run is writing there: waiting {LOCK_SECONDS} seconds for its end.")
+                    locks.enter_context(FileLock(file, timeout=LOCK_SECONDS))
+            except Timeout as error:
+                used = f"{setting} {getattr(s, setting.lower())}"
+                raise UserError(f"{used} is in use by another run: wait for its end, or choose another") from error
+            except (OSError, NotImplementedError):
+                tqdm.write(f"{file} cannot be locked on this disk: start no second run that writes there.")
+        yield

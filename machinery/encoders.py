@@ -1,0 +1,109 @@
+"""Pretrained networks of timm as encoders of a U-Net."""
+
+import difflib
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from machinery.errors import UserError
+
+
+class Encoder(nn.Module):
+    """A network of timm without its classifier: (N, 3, H, W) -> its features at 1, 1/2, 1/4, ... of the size, a list.
+
+    `channels` holds the channels of each, 0 where the network has no features of that size, for which it gives None.
+    The weights are random until load_pretrained. BatchNorm stays as it was pretrained: what a step's few images would
+    make of it is worse.
+
+    Raises UserError where timm is missing, or its network of that name cannot be an encoder.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        timm = timm_with(name)
+        try:
+            self.network = timm.layers.freeze_batch_norm_2d(timm.create_model(name, features_only=True))
+            self.strides, channels = self.network.feature_info.reduction(), self.network.feature_info.channels()
+            with torch.no_grad():
+                shapes = [tuple(features.shape[1:]) for features in self.network(torch.zeros(1, 3, 64, 96))]
+            fits = shapes == [(number, 64 // s, 96 // s) for number, s in zip(channels, self.strides, strict=True)]
+        except Exception:  # some take images of one size, or have no features: each says so in its own way
+            fits = False
+        if not fits:
+            raise UserError(
+                f"ENCODER {name} has no features at 1/2, 1/4, ... of any image's size: choose another, such as resnet34"
+            )
+        by_stride = dict(zip(self.strides, channels, strict=True))
+        self.channels = [by_stride.get(2**stage, 0) for stage in range(max(self.strides).bit_length())]
+
+    def forward(self, x: Tensor) -> list[Tensor | None]:
+        features = dict(zip(self.strides, self.network(x), strict=True))
+        return [features.get(2**stage) for stage in range(len(self.channels))]
+
+    def load_pretrained(self, file: str | None = None) -> None:
+        """Takes the weights from a file, a state dict in timm's names, or from where timm downloads them.
+
+        Raises UserError where they cannot be had, or are another network's.
+        """
+        timm, options = timm_with(self.name), {"features_only": True, "pretrained": True}
+        if file:
+            options["pretrained_cfg_overlay"] = {"state_dict": read_weights(self.name, file)}
+        else:
+            print(f"Downloading the weights of {self.name}, unless an earlier run has: a minute or so.", flush=True)
+        try:
+            trained = timm.create_model(self.name, **options)
+        except Exception as error:  # what timm downloads with raises many kinds
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise UserError(
+                f"the weights of ENCODER {self.name} cannot be downloaded ({reason}): connect to the internet, or give "
+                "the weights with --encoder-weights FILE"
+            ) from error
+        self.network.load_state_dict(timm.layers.freeze_batch_norm_2d(trained).state_dict())
+
+
+def timm_with(name: str) -> ModuleType:
+    """The package timm, if it is there and has a network of that name. Raises UserError otherwise."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"the encoder {name} needs the package timm: pip install timm") from error
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models()) or ["resnet34", "convnext_tiny"]
+        raise UserError(f"timm {timm.__version__} has no encoder {name!r}: set ENCODER to {' or '.join(close)}")
+    if (family := name.partition(".")[0]) != name and name not in (known := timm.list_pretrained(f"{family}.*")):
+        raise UserError(f"timm has no weights {name!r}: set ENCODER to {' or '.join(known) or family}")
+    for package in ("timm", "huggingface_hub"):  # which warn of the classifier's weights, and of each of 12 tries
+        logging.getLogger(package).setLevel(logging.ERROR)
+    return timm
+
+
+def read_weights(name: str, file: str) -> dict[str, Tensor]:
+    """The weights of timm's network of that name, from a file. Raises UserError if they cannot be, or are another's."""
+    timm = timm_with(name)
+    try:
+        weights = timm.models.load_state_dict(file, weights_only=True)
+        shapes = {name: weight.shape for name, weight in weights.items()}
+    except Exception as error:  # files of other kinds raise many kinds
+        raise UserError(f"ENCODER_WEIGHTS: {file} is damaged, or no state dict: download it again") from error
+    with torch.device("meta"):
+        wanted = timm.create_model(name, num_classes=0)
+    needed = {key: weight.shape for key, weight in wanted.state_dict().items() if "num_batches_tracked" not in key}
+    if not needed.items() <= shapes.items():
+        raise UserError(f"ENCODER_WEIGHTS: {file} holds another network than ENCODER {name}: give that one's weights")
+    if not all(weights[key].isfinite().all() for key in needed):
+        raise UserError(f"ENCODER_WEIGHTS: {file} holds weights that are nan or infinite: download it again")
+    return weights
+
+
+def encoder_normalisation(name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple, tuple]:
+    """The mean and std of timm's network; instead those given, with a line, if they are no longer ImageNet's."""
+    timm = timm_with(name)
+    own = timm.get_pretrained_cfg(name)
+    if (mean, std) != (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD):
+        if (mean, std) != (own.mean, own.std):
+            print(f"MEAN and STD are as you have set them; {name} was pretrained with {own.mean} and {own.std}.")
+        return mean, std
+    return own.mean, own.std
