@@ -329,7 +329,8 @@ def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
     """(seconds so far, validation Dice) after each epoch of Adam at 1e-4 with batches of 16, rotated by 35 degrees."""
     device = Device(choose_device(s.device).device, torch.float32)
     size = s.image_height, s.image_width
-    augmentation = A.Compose([A.Rotate(limit=35, border_mode=cv2.BORDER_REFLECT_101, p=1.0), A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1)])
+    rotation = A.Rotate(limit=35, border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+    augmentation = A.Compose([rotation, A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1)])
     train_set = CarvanaDataset(s.train_img_dir, s.train_mask_dir, size, augmentation, s.seed)
     val_set = CarvanaDataset(s.val_img_dir, s.val_mask_dir, size)
     for data in (train_set, val_set):
@@ -340,8 +341,7 @@ def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     start, found = time.perf_counter(), []
     for epoch in range(s.num_epochs):
-        train_loader.batch_sampler.epoch = epoch
-        for images, masks in train_loader:
+        for images, masks in train_loader.epoch(epoch):
             classic_step(model, optimizer, *device.to(images, masks))
         dice = utils.check_accuracy(val_loader, model, device, train.image_losses)[0]["dice"]
         found.append((time.perf_counter() - start, dice))
