@@ -357,7 +357,7 @@ def test_the_sentence_is_one_line_and_the_status_is_1(project, late, workers):
     """Also if a sample is the first to show it, in a worker."""
     Path("script.py").write_text(SCRIPT.format(late=late))
     flags = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", str(workers)]
-    done = subprocess.run([sys.executable, "script.py", *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "script.py", *flags], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     line = done.stderr.rstrip("\n").splitlines()[-1]
     assert line.startswith("error: Normalize in make_augmentation turns images into float32 (32, 48, 3), but they must")
