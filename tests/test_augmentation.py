@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from functools import partial
+from itertools import islice
 from multiprocessing import get_all_start_methods
 from pathlib import Path
 
@@ -157,10 +158,10 @@ def test_a_sample_depends_on_its_own_random_numbers_alone(make, sample):
 
 
 def loaded(data: CarvanaDataset, workers: int, start: str | None, at: int = 0) -> list[torch.Tensor]:
-    """Return the batches of an epoch from a position on, from so many workers that start so."""
+    """Return six batches of an epoch from a position on, from so many workers that start so."""
     loader = get_loaders(data, data, 8, workers)[0]
     loader.multiprocessing_context = start
-    return [tensor for batch in loader.epoch(2, at) for tensor in batch]
+    return [tensor for batch in islice(loader.epoch(2, at), 6) for tensor in batch]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_workers_their_start_and_a_continuation_change_nothing(drawn, kind):
         found = loaded(data, 2 if start == "fork" else 1, start)  # the others' workers are slow to start
         assert len(found) == len(batches) and all(map(torch.equal, found, batches)), start
     continued = loaded(data, 0, None, at=16)
-    assert all(map(torch.equal, continued, batches[4:])) and len(continued) == len(batches) - 4
+    assert all(map(torch.equal, continued[:-4], batches[4:])) and len(continued) == len(batches) == 12
 
 
 def write(image: np.ndarray, **_: object) -> np.ndarray:
@@ -340,23 +341,19 @@ def test_an_error_in_a_users_own_function_is_a_bug():
 
 
 SCRIPT = """
-import numpy as np, train
-from machinery import errors, transforms
+import dataset, train
+from machinery.errors import run
 
+dataset.check_transforms = lambda *_: None  # so that a sample is the first to show it
 train.make_augmentation = lambda: train.A.Compose([train.A.RandomBrightnessContrast(), train.A.Normalize()])
-if {late}:
-    import dataset
-    dataset.check_transforms = lambda *_: None
 if __name__ == "__main__":
-    errors.run(train.main)
+    run(train.main)
 """
 
 
-@pytest.mark.parametrize(("late", "workers"), [(False, 0), (True, 2)])
-def test_the_sentence_is_one_line_and_the_status_is_1(project, late, workers):
-    """Also if a sample is the first to show it, in a worker."""
-    Path("script.py").write_text(SCRIPT.format(late=late))
-    flags = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", str(workers)]
+def test_from_a_worker_the_sentence_is_one_line_and_the_status_is_1(project):
+    Path("script.py").write_text(SCRIPT)
+    flags = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", "2"]
     done = subprocess.run([sys.executable, "script.py", *flags], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     line = done.stderr.rstrip("\n").splitlines()[-1]
