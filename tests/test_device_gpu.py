@@ -16,6 +16,7 @@ import predict
 import train
 from machinery.device import Device, tune
 from machinery.errors import UserError
+from machinery.runs import Run
 from machinery.settings import parse_settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")]
@@ -85,9 +86,9 @@ def test_a_run_stopped_on_the_gpu_continues_there_and_on_the_cpu(project, run_tr
 
 
 def test_memory_does_not_grow_over_epochs(project, run_train, monkeypatch):
-    allocated, end_epoch = [], train.end_epoch
+    allocated, end_epoch = [], Run.end_epoch
     monkeypatch.setattr(
-        train, "end_epoch", lambda *args: (end_epoch(*args), allocated.append(torch.cuda.memory_allocated()))[0]
+        Run, "end_epoch", lambda *args: (end_epoch(*args), allocated.append(torch.cuda.memory_allocated()))[0]
     )
     run_train("--num-epochs", "4")
     assert allocated[-1] <= allocated[1] + 2**16
@@ -113,7 +114,7 @@ def test_predictions_equal_the_cpus(project, run_train):
 
 
 def test_torchrun_starts_one_process_on_the_gpu(project):
-    command = [sys.executable, "-m", "torch.errors.run", "--standalone", "--nproc_per_node=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     command += [Path(train.__file__), *SMALL, "--num-epochs", "1"]
     run_ = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
     assert run_.returncode == 0, run_.stderr

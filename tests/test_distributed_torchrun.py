@@ -24,7 +24,7 @@ CHECKPOINT = Path("my_checkpoint.pth.tar")
 
 def torchrun(*flags: str, processes: int = 2, script: Path = ROOT / "train.py", **options) -> subprocess.Popen:
     """Starts so many processes on this machine; `flags` are the script's, a dictionary in options torchrun's."""
-    launcher = [sys.executable, "-m", "torch.errors.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher += [f"--{name}={value}" for name, value in options.items()]
     return subprocess.Popen(
         [*launcher, script, *SMALL, "--precision", "fp32", *flags],
@@ -174,7 +174,7 @@ def end_machines() -> None:
 
 
 def start_machine(folder: Path, number: int, *flags: str) -> subprocess.Popen:
-    command = ["ip", "netns", "exec", SPACES[number], sys.executable, "-m", "torch.errors.run", "--nnodes=2"]
+    command = ["ip", "netns", "exec", SPACES[number], sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
     command += [
         "--nproc_per_node=1",
         "--rdzv-backend=c10d",

@@ -448,7 +448,7 @@ def test_torchrun_shares_the_photos(photos):
     flags = ["data/val_images", "--mask-dir", "data/val_masks", "--submission"]
     run(*flags, "one.csv")
     alone = scores()
-    command = [sys.executable, "-m", "torch.errors.run", "--nproc_per_node=2", predict.__file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", predict.__file__]
     done = subprocess.run([*command, *flags, "two.csv", "--overlay"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert rows_of("two.csv") == rows_of("one.csv")
