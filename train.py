@@ -19,7 +19,7 @@ import augmentation
 from dataset import CarvanaDataset, CropDataset
 from machinery import processes
 from machinery.checkpoints import Beginning, CheckpointWriter, State, begin, reserved
-from machinery.device import Device, choose_device, memory_errors, to_device
+from machinery.device import Device, choose_device, memory_errors, to_device, tune
 from machinery.errors import run as run_script
 from machinery.muon import Muon, muon_groups
 from machinery.report import Report
@@ -184,13 +184,14 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
 def train(s: SimpleNamespace) -> None:
     """Train, validate and save, with the settings s: the constants by their lower-case names."""
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
+    tune(device)
     beginning = begin(s, load_checkpoint)
 
     # 1. Data
     train_set, val_set = load_data(s, beginning)
     val_part, show_size = val_set.part_to_validate(s.crop)
     train_loader, val_loader = get_loaders(train_set, val_part, s.batch_size, s.num_workers, device, s.seed)
-    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)
+    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)  # prints them
 
     # 2. Network and optimizer
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set), beginning.is_pretrained)
