@@ -19,7 +19,7 @@ import augmentation
 from dataset import CarvanaDataset, CropDataset
 from machinery import processes
 from machinery.checkpoints import Beginning, CheckpointWriter, State, begin, reserved
-from machinery.device import Device, choose_device, memory_errors, to_device, tune
+from machinery.device import Device, choose_device, memory_errors, to_device
 from machinery.errors import run as run_script
 from machinery.muon import Muon, muon_groups
 from machinery.report import Report
@@ -184,7 +184,6 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
 def train(s: SimpleNamespace) -> None:
     """Train, validate and save, with the settings s: the constants by their lower-case names."""
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
-    tune(device)
     beginning = begin(s, load_checkpoint)
 
     # 1. Data
