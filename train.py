@@ -8,6 +8,7 @@ Open saved_images/index.html in a browser: it shows what the network has learned
 """
 
 import math
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,7 +205,7 @@ def train(s: SimpleNamespace) -> None:
     # 3. Epochs
     run = Run(state, train_loader, writer, report, s.num_epochs, s.checkpoint_minutes)
     losses = partial(image_losses, dice_weight=s.dice_weight)
-    with run.until_stopped():
+    with closing(train_loader), closing(val_loader), run.until_stopped():
         print(f"Training on {device}, {s.batch_size} images a step.")
         while len(state.history) < s.num_epochs:
             train_epoch(run, device, s)

@@ -183,12 +183,11 @@ def signals_blocked() -> Iterator[None]:
 
 
 def ignore_signals(_: int) -> None:
-    """Makes a worker outlive the signals that stop a run: it is still needed.
+    """Make a worker outlive all signals that stop a run, however often they come: it is needed until the run has saved.
 
-    A second SIGTERM ends it: that one comes from PyTorch, or from multiprocessing when the run is over.
+    So neither does the SIGTERM of PyTorch or multiprocessing end it, but the loader's close().
     """
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
