@@ -6,6 +6,7 @@ A run in one process calls the same functions, which then do nothing.
 import os
 import re
 import signal
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -124,6 +125,16 @@ def all_gather_object(mine: object) -> list:
     if WORLD_SIZE > 1:
         dist.all_gather_object(objects, mine)
     return objects
+
+
+def run_id() -> str:
+    """Return a name that all processes of a run share, also when torchrun starts them again, and no other run has."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return broadcast_object(lambda: uuid.uuid4().hex)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False)  # torchrun's, which outlives its processes
+    store.compare_set("train.py's run", "", uuid.uuid4().hex)  # the first process sets it
+    return store.get("train.py's run").decode()
 
 
 def no_sync(model: nn.Module, is_last: bool) -> AbstractContextManager:
