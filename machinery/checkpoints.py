@@ -179,8 +179,9 @@ class State:
     epoch: Epoch = field(default_factory=Epoch)  # the one under way
 
     def state_dict(self) -> dict:
+        losses = torch.stack(list(self.epoch.losses.values())).tolist() if self.epoch.losses else []  # waits once
         return vars(self.epoch) | {
-            "losses": {images: loss.item() for images, loss in self.epoch.losses.items()},
+            "losses": dict(zip(self.epoch.losses, losses, strict=True)),
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "optimizer_name": type(self.optimizer).__name__,
