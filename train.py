@@ -8,6 +8,7 @@ Open saved_images/index.html in a browser: it shows what the network has learned
 """
 
 import math
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,7 +191,7 @@ def train(s: SimpleNamespace) -> None:
     train_set, val_set = load_data(s, beginning)
     val_part, show_size = val_set.part_to_validate(s.crop)
     train_loader, val_loader = get_loaders(train_set, val_part, s.batch_size, s.num_workers, device, s.seed)
-    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)
+    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)  # prints them
 
     # 2. Network and optimizer
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set), beginning.is_pretrained)
@@ -204,7 +205,7 @@ def train(s: SimpleNamespace) -> None:
     # 3. Epochs
     run = Run(state, train_loader, writer, report, s.num_epochs, s.checkpoint_minutes)
     losses = partial(image_losses, dice_weight=s.dice_weight)
-    with run.until_stopped():
+    with closing(train_loader), closing(val_loader), run.until_stopped():
         print(f"Training on {device}, {s.batch_size} images a step.")
         while len(state.history) < s.num_epochs:
             train_epoch(run, device, s)

@@ -1,5 +1,7 @@
 """What training and prediction share: loaders, checkpoints, pixel accuracy / Dice / IoU, saved masks."""
 
+import atexit
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,9 +24,12 @@ from model import build_network
 
 
 class Loader(DataLoader):
-    """A DataLoader between whose batches a signal can stop the run; its workers leave signals to the run."""
+    """A DataLoader between whose batches a signal can stop the run. Its workers ignore signals: close() ends them."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.num_workers and not self._iterator:
+            at_exit = weakref.WeakMethod(self.close)
+            atexit.register(lambda: (close := at_exit()) and close())  # or Python would wait for its workers for ever
         with processes.signals_blocked() if self.num_workers else nullcontext():
             batches = super().__iter__()
         for batch in batches:
@@ -35,6 +40,14 @@ class Loader(DataLoader):
         """Yield the batches of an epoch, from the image at position `start` on."""
         self.batch_sampler.set_epoch(epoch, start)
         return iter(self)
+
+    def close(self) -> None:
+        """End the workers, also where an error has left them in the middle of an epoch."""
+        batches, self._iterator = self._iterator, None
+        if batches:
+            batches._shutdown_workers()  # asks them to end, and waits for a few seconds
+            for worker in batches._workers:
+                worker.kill()
 
 
 def get_loaders(

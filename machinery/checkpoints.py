@@ -6,7 +6,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from machinery.files import saving
 from machinery.samples import Samples
 
 LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
+TAGS = ("", ".prev", "_best")  # in the names of a run's files: the newest state, the one before, the best weights
 FORMAT = 5  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,18 +104,40 @@ def sibling(path: Path, tag: str) -> Path:
     return path.with_name(f"{stem}{tag}{dot}{suffixes}")
 
 
+def lock_of(path: Path) -> Path:
+    """Return the file whose lock a run holds while it may write `path`."""
+    return path.with_name(f".{path.name}.lock")
+
+
 def set_aside(path: Path) -> None:
-    """Renames the checkpoints of an earlier run, so that a new one does not overwrite them, and prints a line."""
-    if not any(sibling(path, tag).exists() for tag in ("", ".prev", "_best")):
+    """Rename the checkpoints of an earlier run, so that a new one does not overwrite them, and print a line."""
+    if not any(sibling(path, tag).exists() for tag in TAGS):
         return
-    run = 1
-    while any(sibling(path, f"_{run}{tag}").exists() for tag in ("", ".prev", "_best")):
-        run += 1
-    kept = sibling(path, f"_{run}")
-    for tag in ("", ".prev", "_best"):
+    number = 1
+    while not is_free(sibling(path, f"_{number}")):
+        number += 1
+    kept = sibling(path, f"_{number}")
+    for tag in TAGS:
         if sibling(path, tag).exists():
             sibling(path, tag).replace(sibling(kept, tag))
     print(f"{path} of an earlier run is now {kept} (LOAD_MODEL = True would have continued it).")
+
+
+def is_free(path: Path) -> bool:
+    """Return whether there is no file of a run whose newest checkpoint is `path`, and no run that may write one."""
+    files = [sibling(path, tag) for tag in TAGS]
+    return not any(file.exists() or is_locked(lock_of(file)) for file in files)
+
+
+def is_locked(file: Path) -> bool:
+    """Return whether another run holds a lock."""
+    try:
+        with FileLock(file, timeout=0) if file.exists() else nullcontext():
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a disk without locks
+        return False
 
 
 def restore_previous(path: Path) -> None:
@@ -156,8 +179,9 @@ class State:
     epoch: Epoch = field(default_factory=Epoch)  # the one under way
 
     def state_dict(self) -> dict:
+        losses = torch.stack(list(self.epoch.losses.values())).tolist() if self.epoch.losses else []  # waits once
         return vars(self.epoch) | {
-            "losses": {images: loss.item() for images, loss in self.epoch.losses.items()},
+            "losses": dict(zip(self.epoch.losses, losses, strict=True)),
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "optimizer_name": type(self.optimizer).__name__,
@@ -255,6 +279,7 @@ def _copy(value: object, copies: dict[int, Tensor]) -> object:
 class Beginning:
     """The checkpoint that a run continues, or with whose weights (START_FROM) it begins; None for both is anew."""
 
+    run: str  # processes.run_id()
     continued: dict | None
     started_from: dict | None
 
@@ -275,8 +300,11 @@ class Beginning:
     def header(self, s: SimpleNamespace, config: dict, train_set: Samples, val_set: Samples) -> dict:
         """Return what each checkpoint of the run holds besides its state: enough to predict and to continue.
 
-        `config` is what build_network made the network of.
+        `config` is what build_network made the network of. Raises UserError where processes have different photos.
         """
+        data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
+        if len(set(map(str, processes.all_gather_object(data)))) > 1:
+            raise UserError("the machines have different photos or masks: give all of them the same, or a shared disk")
         settings = vars(s)
         if self.continued:  # it goes on as it began
             settings = settings | {"start_from": self.continued["settings"].get("start_from")}
@@ -288,7 +316,8 @@ class Beginning:
             "rule": asdict(train_set.rule),
             "photo_size": [int(np.median(train_set.infos[name])) for name in ("height", "width")],
             "settings": settings,
-            "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
+            "run": self.run,
+            "data": data,
         }
 
     def load_into(self, state: State, header: dict) -> None:
@@ -302,23 +331,29 @@ class Beginning:
 def begin(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> Beginning:
     """Read what a run with the settings s begins with. Raises UserError if they do not allow it.
 
-    When torchrun starts the processes again because one has died, they continue by themselves.
+    When torchrun starts the processes again because one has died, they continue what this run has saved.
     """
     # Of several machines' torchruns only the one whose process has died counts the restart
-    is_restart = processes.all_reduce_max(processes.RESTARTS) > 0
-    continued = processes.broadcast_object(_to_continue, s, load_checkpoint, is_restart)
+    run, is_restart = processes.run_id(), processes.all_reduce_max(processes.RESTARTS) > 0
+    continued = processes.broadcast_object(_to_continue, s, load_checkpoint, run if is_restart else None)
     if continued or not s.start_from:
-        return Beginning(continued, None)
-    return Beginning(None, processes.broadcast_object(_to_start_from, s, load_checkpoint))
+        return Beginning(run, continued, None)
+    return Beginning(run, None, processes.broadcast_object(_to_start_from, s, load_checkpoint))
 
 
-def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], is_restart: bool) -> dict | None:
-    path = Path(s.checkpoint)
-    if is_restart or s.load_model:
+def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], restarted: str | None) -> dict | None:
+    """Return the checkpoint to continue: LOAD_MODEL's, or that of the run which was `restarted`, by its run_id."""
+    path, checkpoint = Path(s.checkpoint), None
+    if restarted or s.load_model:
         restore_previous(path)
-    if not (s.load_model or (is_restart and path.exists())):
+    if restarted and path.exists():
+        checkpoint = load_checkpoint(path)
+        if checkpoint.get("run") != restarted:  # it is an older run's: this one has died before its first checkpoint
+            checkpoint = None
+    if s.load_model and not checkpoint:
+        checkpoint = load_checkpoint(path)
+    if not checkpoint:
         return None
-    checkpoint = load_checkpoint(path)
     if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
         raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
     newer = {"encoder": None, "crop": None, "scale": 1.0, "dice_weight": 0.0}  # settings, which older checkpoints lack
@@ -378,9 +413,10 @@ def _to_start_from(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) 
 def reserved(s: SimpleNamespace) -> Iterator[None]:
     """Reserve CHECKPOINT and SAVED_IMAGES_DIR for this run. Raises UserError where another one uses them."""
     path = Path(s.checkpoint)
-    files = {"CHECKPOINT": path.with_name(f".{path.name}.lock"), "SAVED_IMAGES_DIR": Path(s.saved_images_dir, ".lock")}
+    files = [(lock_of(sibling(path, tag)), "CHECKPOINT") for tag in TAGS]
+    files.append((Path(s.saved_images_dir, ".lock"), "SAVED_IMAGES_DIR"))
     with ExitStack() as locks:
-        for setting, file in files.items() if processes.RANK == 0 else ():
+        for file, setting in files if processes.RANK == 0 else ():
             try:
                 try:
                     locks.enter_context(FileLock(file, timeout=0))
