@@ -1,8 +1,8 @@
-"""Sorts Kaggle's download into data/, so that all photos of one car are either in training or in validation.
+"""Sort Kaggle's download into data/, so that all photos of one car are either in training or in validation.
 
-    python split_data.py train.zip train_masks.zip          # as downloaded; train_hq.zip serves as well as train.zip
-    python split_data.py ~/Downloads/carvana                # a folder with these files, or with what was in them
-    python split_data.py photos masks --move                # your own: masks are the files that end in _mask
+    python -m tools.split_data train.zip train_masks.zip    # as downloaded; train_hq.zip serves as well as train.zip
+    python -m tools.split_data ~/Downloads/carvana          # a folder with these files, or with what was in them
+    python -m tools.split_data photos masks --move          # your own: masks are the files that end in _mask
 
 Files gather in data/.split first, and move to their places when every pair is there and can be decoded. A run that was
 stopped anywhere is simply run again; originals are deleted (--move) last of all.
@@ -175,7 +175,7 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python -m tools.split_data", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="zip files and folders")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the four folders are [data]")
     parser.add_argument("--val-share", type=float, default=0.15, help="share of the cars to validate on [0.15]")
