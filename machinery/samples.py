@@ -345,7 +345,8 @@ def describe(train: Samples, val: Samples) -> str:
     cars = [{car_of(image) for image, _ in data.pairs} - {None} for data in (train, val)]
     if both := cars[0] & cars[1]:
         lines.append(
-            f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter (split_data.py)"
+            f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter "
+            "(python -m tools.split_data sorts by car)"
         )
     lines += describe_rule(train)
     for data in (train, val):
