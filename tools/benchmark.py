@@ -13,7 +13,6 @@ import csv
 import importlib.util
 import io
 import json
-import os
 import platform
 import re
 import statistics
@@ -29,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import augmentation
 import predict
 import train
 import utils
@@ -51,6 +50,7 @@ from machinery.sample_data import draw_dataset
 from machinery.settings import Parser, check_settings, parse_settings, settle
 from model import UNet, size_multiple
 from predict import full_size_dice
+from train import A  # albumentations, once train.py has prepared its import
 
 ROUNDS = 3  # each contender runs once a round, in turn, so that a noisy machine is noisy for all
 
@@ -86,23 +86,10 @@ def save_random_network(model: UNet, s: SimpleNamespace, checkpoint: Path) -> No
 # loader: from files to samples
 
 
-def classic_augmentation(s: SimpleNamespace) -> Callable:
-    """What train.py does to a photo, in albumentations. Raises UserError if that is not installed."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or importing it asks the network for a newer version
-    try:
-        import albumentations as A
-        from albumentations.pytorch import ToTensorV2
-    except ImportError as error:
-        raise UserError("the comparison needs a package: pip install albumentations") from error
-    return A.Compose([
-        A.Resize(s.image_height, s.image_width),
-        A.HorizontalFlip(p=0.5),
-        A.Affine(scale=(0.85, 1.15), translate_percent=(-0.06, 0.06), rotate=(-8, 8), p=0.7, border_mode=4),
-        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
-        A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=30, val_shift_limit=20, p=0.5),  # 10 of 180 are 20°
-        A.Normalize(s.mean, s.std),
-        ToTensorV2(),
-    ])  # fmt: skip
+def classic_augmentation(s: SimpleNamespace) -> A.Compose:
+    """Return what the classic pipeline does to a photo; its changes at random are train.py's."""
+    changes = train.make_augmentation().transforms
+    return A.Compose([A.Resize(s.image_height, s.image_width), *changes, A.Normalize(s.mean, s.std), A.ToTensorV2()])
 
 
 def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
@@ -113,7 +100,7 @@ def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
     """
     samples.NUM_THREADS = 1
     size = s.image_height, s.image_width
-    augment = train.make_augmentation()
+    augmentation = train.make_augmentation()
     classic_transform = classic_augmentation(s)
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
@@ -135,7 +122,7 @@ def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
 
         times = {"classic": [], "cold": [], "warm": []}
         for number in range(ROUNDS):
-            data = CarvanaDataset(photos / "train_images", photos / "train_masks", size, augment)
+            data = CarvanaDataset(photos / "train_images", photos / "train_masks", size, augmentation)
             times["classic"].append(seconds(classic_epoch))
             building = seconds(lambda: data.prepare(Path(folder, f"cache{number}")))  # noqa: B023
             times["cold"].append(building + seconds(lambda: epoch(data)))  # noqa: B023
@@ -344,17 +331,12 @@ def benchmark_validate(s: SimpleNamespace) -> dict[str, float]:
 # recipe: what is learned
 
 
-def vertical_flip(_: np.random.Generator, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return image[::-1].copy(), mask[::-1].copy()
-
-
 def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
     """(seconds so far, validation Dice) after each epoch of Adam at 1e-4 with batches of 16, rotated by 35 degrees."""
     device = Device(choose_device(s.device).device, torch.float32)
     size = s.image_height, s.image_width
-    rotation = partial(augmentation.affine, scale=0, shift=0, degrees=35)
-    steps = [(1.0, rotation), (0.5, augmentation.horizontal_flip), (0.1, vertical_flip)]
-    train_set = CarvanaDataset(s.train_img_dir, s.train_mask_dir, size, steps, s.seed)
+    augmentation = A.Compose([A.Rotate(limit=35, border_mode=cv2.BORDER_REFLECT_101, p=1.0), A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1)])
+    train_set = CarvanaDataset(s.train_img_dir, s.train_mask_dir, size, augmentation, s.seed)
     val_set = CarvanaDataset(s.val_img_dir, s.val_mask_dir, size)
     for data in (train_set, val_set):
         data.prepare(s.cache_dir)
