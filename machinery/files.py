@@ -3,13 +3,17 @@
 import csv
 import errno
 import os
+import re
+import secrets
 import shlex
 import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from machinery.errors import UserError
 
@@ -136,12 +140,10 @@ def free_name(stem: str, taken: set[str]) -> str:
 def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path that takes the place of `path` when the block has ended well: no file is half written.
 
-    The file that was there is kept as `previous`, if that is given.
+    The file that was there is kept as `previous`, if that is given. The temporary name is nobody else's.
     """
-    name = f"{path.name}.tmp"
-    if len(os.fsencode(name)) > 255:  # which is the longest that most disks allow
-        name = f"{path.name[:-4]}.tmp"
-    temporary = path.with_name(name)
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")  # disks allow 255 bytes
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         if previous and path.exists():
@@ -149,6 +151,29 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, start: str = "") -> None:
+    """Remove what killed runs have left of files whose names begin with `start`. Nobody may be writing them now."""
+    for path in folder.glob("*.tmp"):
+        if re.fullmatch(rf"\.{re.escape(start[:40])}.*\.[0-9a-f]{{16}}\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def lock_of(path: Path) -> Path:
+    """Return the file whose lock a process holds while it may write `path`."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def is_locked(file: Path) -> bool:
+    """Return whether another process holds a lock."""
+    try:
+        with FileLock(file, timeout=0) if file.exists() else nullcontext():
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a disk without locks
+        return False
 
 
 def copy_file(file: Path, target: Path) -> None:
