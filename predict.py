@@ -375,7 +375,7 @@ def uncertain_share(probabilities: np.ndarray) -> float:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked. Raises UserError."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("python predict.py", __doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="photo", help="photos, folders with all below them, 'patterns*'")
     add("--output-dir", type=Path, default=Path("predictions"), help="[predictions]")

@@ -8,15 +8,19 @@ Open saved_images/index.html in a browser: it shows what the network has learned
 """
 
 import math
+import os
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import torch
 from torch import Tensor, nn
 
-import augmentation
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or each import of it asks the network for a newer version
+import albumentations as A
+
 from dataset import CarvanaDataset, CropDataset
 from machinery import processes
 from machinery.checkpoints import Beginning, CheckpointWriter, State, begin, reserved
@@ -77,14 +81,17 @@ MEAN = (0.485, 0.456, 0.406)  # mean of each RGB channel, range 0 to 1 (ImageNet
 STD = (0.229, 0.224, 0.225)  # standard deviation of each RGB channel, range 0 to 1 (ImageNet's)
 
 
-def make_augmentation() -> list[tuple[float, augmentation.Step]]:
-    """What training changes at random in every sample: with which probability, and what (augmentation.py)."""
-    return [
-        (0.5, augmentation.horizontal_flip),
-        (0.7, partial(augmentation.affine, scale=0.15, shift=0.06, degrees=8)),
-        (0.5, partial(augmentation.brightness_contrast, brightness=0.2, contrast=0.2)),
-        (0.5, partial(augmentation.hue_saturation_value, hue=20, saturation=30, value=20)),
-    ]
+def make_augmentation() -> A.Compose:
+    """Return what training changes at random in image and mask alike: any transforms that leave images uint8."""
+    mirrored = cv2.BORDER_REFLECT_101
+    return A.Compose(
+        [
+            A.HorizontalFlip(p=0.5),
+            A.Affine(scale=(0.85, 1.15), translate_percent=(-0.06, 0.06), rotate=(-8, 8), border_mode=mirrored, p=0.7),
+            A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
+            A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=30, val_shift_limit=20, p=0.5),  # hue: of 180
+        ]
+    )
 
 
 def image_losses(logits: Tensor, masks: Tensor, dice_weight: float = 0.0) -> Tensor:

@@ -6,7 +6,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from machinery import processes
 from machinery.decoding import Rule, rule_from
 from machinery.errors import UserError
-from machinery.files import saving
+from machinery.files import is_locked, lock_of, remove_leftovers, saving
 from machinery.samples import Samples
 
 LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
@@ -40,6 +40,17 @@ def save(state: dict, path: Path, previous: Path | None = None) -> None:
         torch.save(state, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of files in a folder outlive a power cut, on systems that can."""
+    with suppress(OSError):  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
@@ -104,11 +115,6 @@ def sibling(path: Path, tag: str) -> Path:
     return path.with_name(f"{stem}{tag}{dot}{suffixes}")
 
 
-def lock_of(path: Path) -> Path:
-    """Return the file whose lock a run holds while it may write `path`."""
-    return path.with_name(f".{path.name}.lock")
-
-
 def set_aside(path: Path) -> None:
     """Rename the checkpoints of an earlier run, so that a new one does not overwrite them, and print a line."""
     if not any(sibling(path, tag).exists() for tag in TAGS):
@@ -127,17 +133,6 @@ def is_free(path: Path) -> bool:
     """Return whether there is no file of a run whose newest checkpoint is `path`, and no run that may write one."""
     files = [sibling(path, tag) for tag in TAGS]
     return not any(file.exists() or is_locked(lock_of(file)) for file in files)
-
-
-def is_locked(file: Path) -> bool:
-    """Return whether another run holds a lock."""
-    try:
-        with FileLock(file, timeout=0) if file.exists() else nullcontext():
-            return False
-    except Timeout:
-        return True
-    except (OSError, NotImplementedError):  # a disk without locks
-        return False
 
 
 def restore_previous(path: Path) -> None:
@@ -428,4 +423,8 @@ def reserved(s: SimpleNamespace) -> Iterator[None]:
                 raise UserError(f"{used} is in use by another run: wait for its end, or choose another") from error
             except (OSError, NotImplementedError):
                 tqdm.write(f"{file} cannot be locked on this disk: start no second run that writes there.")
+        if processes.RANK == 0:
+            for tag in TAGS:
+                remove_leftovers(path.parent, sibling(path, tag).name)
+            remove_leftovers(Path(s.saved_images_dir))
         yield

@@ -1,18 +1,16 @@
 """Draws a small synthetic Carvana: cars on a turntable in a studio, each photographed from 16 sides, with their masks.
 
-    python sample_data.py                                   # into data/sample, as train.py does by itself
-    python sample_data.py --output-dir /tmp/cars --train-cars 40 --val-cars 10 --seed 1
+    python -m machinery.sample_data                                   # into data/sample, as train.py does by itself
+    python -m machinery.sample_data --output-dir /tmp/cars --train-cars 40 --val-cars 10 --seed 1
 
 A car is some 200 flat polygons, drawn from back to front through a pinhole camera. Lengths are metres; the turntable's
 centre is the origin; in a car's frame x points to its front, y to its left, z up. The same seed draws the same photos.
 """
 
-import argparse
 import functools
 import itertools
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +21,9 @@ from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from machinery.errors import UserError
+from machinery.errors import UserError, run
 from machinery.files import MASK_SUFFIX
+from machinery.settings import Parser
 
 VIEWS = 16  # photos of a car, 22.5 degrees apart
 HEIGHT, WIDTH = 1280, 1918  # of a photo in pixels, as in Carvana
@@ -459,26 +458,22 @@ def use_sample_if_empty(s: SimpleNamespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--output-dir", type=Path, default=Path("data/sample"), help="a new or empty folder")
-    parser.add_argument("--train-cars", type=int, default=8, help=f"cars to train on, {VIEWS} photos each")
-    parser.add_argument("--val-cars", type=int, default=2, help="cars to validate on")
-    parser.add_argument("--height", type=int, default=HEIGHT, help="of a photo, in pixels")
-    parser.add_argument("--width", type=int, default=WIDTH, help="of a photo, in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds draw other cars")
-    parser.error = lambda message: sys.exit(f"error: {message} (--help shows the flags)")
+    parser = Parser("python -m machinery.sample_data", __doc__)
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("data/sample"), help="a new or empty folder [data/sample]")
+    add("--train-cars", type=int, default=8, help=f"cars to train on, {VIEWS} photos each [8]")
+    add("--val-cars", type=int, default=2, help="cars to validate on [2]")
+    add("--height", type=int, default=HEIGHT, help=f"of a photo, in pixels [{HEIGHT}]")
+    add("--width", type=int, default=WIDTH, help=f"of a photo, in pixels [{WIDTH}]")
+    add("--seed", type=int, default=0, help="other seeds draw other cars [0]")
     args = parser.parse_args(argv)
     if min(args.train_cars, args.val_cars) < 1 or min(args.height, args.width) < 16 or args.seed < 0:
         parser.error("--train-cars and --val-cars must be at least 1, --height and --width 16, --seed 0")
     try:
         draw_dataset(**vars(args))
     except OSError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

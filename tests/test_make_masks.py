@@ -176,7 +176,7 @@ def test_every_format_gives_the_same_mask(kind, capsys):
     lines = capsys.readouterr().out.splitlines()
     share = f"{100 * inside(CAR).mean():.1f}"
     assert lines[1].split() == [label, "1", "1", share, "%"] and lines[2].endswith("not asked for")
-    assert lines[-1] == "python split_data.py out/images out/masks"
+    assert lines[-1] == "python -m tools.split_data out/images out/masks"
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -381,6 +381,33 @@ def test_yolo_in_the_usual_folders_with_and_without_names(names, capsys):
     out = capsys.readouterr().out
     assert re.search(rf"^{'van' if names else '1'} +2 +2 ", out, re.MULTILINE) and "Photos without an object: 2" in out
     assert "Shapes without an area (points, lines, boxes of COCO and YOLO): 2" in out
+
+
+@pytest.mark.parametrize(("names", "label"), [
+    ("['van, red', 'the driver''s car']", "the driver's car"),
+    (r'{0: van, 1: "a \"car\" \u00e9, blue"}', 'a "car" é, blue'),
+    ("\n  1: >\n    a car\n    of two lines\n", "a car of two lines"),
+    ("[on, no]", "no"),  # which YAML would take for false
+])  # fmt: skip
+def test_names_of_yolo_are_what_yaml_says(names, label):
+    photo("photos/a.jpg")
+    write("photos/a.txt", yolo_row(1, CAR))
+    write("photos/data.yaml", f"nc: 2\nnames: {names}\ntrain: images\n")
+    make("photos", "--label", label, "--output-dir", "out")
+    assert np.array_equal(mask_of("a", "out") > 0, inside(CAR))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("nc: 1\nnames: [car, van\n", "line 3"), ("names: {car: 0}", "'car'"), ("names: \0", "#x0000")],
+)
+def test_a_broken_yaml_with_names_is_named_and_others_are_passed_over(content, reason):
+    photo("photos/a.jpg")
+    write("photos/a.txt", yolo_row(0, CAR))
+    write("photos/data.yaml", content)
+    assert "photos/data.yaml cannot be read (" in error_of("photos") and reason in error_of("photos")
+    write("photos/data.yaml", "{% template: [of another program")
+    make("photos", "--output-dir", "out")
 
 
 def test_tables_of_other_challenges_count_down_the_columns():
@@ -596,7 +623,7 @@ def test_a_file_in_the_place_of_the_output_and_retouched_photos_are_not_lost():
     make("photos", "--label", "car")
     photo("retouched.jpg")
     Path("retouched.jpg").replace("masks_of_car/images/a.jpg")
-    assert "images/a.jpg was not written by make_masks.py, or changed" in error_of("photos", "--label", "car")
+    assert "images/a.jpg was not written by tools.make_masks, or changed" in error_of("photos", "--label", "car")
 
 
 def test_sizes_that_are_floats_and_two_images_of_one_id():

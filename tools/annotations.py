@@ -1,4 +1,4 @@
-"""Annotation tools' files -> photos with the shapes on them, and masks -> LabelMe's files.
+"""Annotation tools' files -> photos and the shapes on them. make_masks draws these; outputs.py writes LabelMe's files.
 
 A new format is a function from a file to Annotations, and two lines in read_file.
 """
@@ -16,17 +16,18 @@ from xml.etree import ElementTree
 
 import cv2
 import numpy as np
+import yaml
 from PIL import Image
 
 from machinery.decoding import opened
 from machinery.errors import UserError
 from machinery.files import MASK_SUFFIX
 from machinery.outputs import is_untouched
-from machinery.shapes import box_ring, coco_mask, counts_mask, ellipse_ring, polygon_mask, ring_of, runs_mask, turned
+from machinery.shapes import box_ring, coco_mask, counts_mask, ellipse_ring, polygon_mask, ring_of, rle_decode, turned
 
 STUMBLES = (  # of parsers, where a file does not hold what it should
     ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, csv.Error,
-    ElementTree.ParseError, Image.DecompressionBombError, cv2.error,
+    ElementTree.ParseError, Image.DecompressionBombError, cv2.error, yaml.YAMLError,
 )  # fmt: skip
 
 
@@ -56,11 +57,16 @@ class Annotation:
 
 @contextmanager
 def reading(what: object) -> Iterator[None]:
-    """Turns what a parser stumbles over into a UserError that begins with `what`."""
+    """Turn what a parser stumbles over into a UserError that begins with `what`."""
     try:
         yield
     except STUMBLES as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        if isinstance(error, KeyError):
+            reason = f"{error} is missing"
+        elif isinstance(error, yaml.MarkedYAMLError):
+            reason = f"{error.problem} in line {error.problem_mark.line + 1}"
+        else:
+            reason = str(error).splitlines()[0]
         raise UserError(f"{what} cannot be read ({reason}): export it again, or remove it") from error
 
 
@@ -239,15 +245,22 @@ def yolo(file: Path) -> Annotation:
 
 @cache
 def class_names(folder: Path) -> dict[int, str]:
-    """Of the .yaml file with `names:`, a list or number: name, in this folder, or in one of the two above."""
+    """Return the names by number of the .yaml file with `names`, in this folder or one of the two above; {} for none.
+
+    Names are a list or a mapping, {number: name}. Raises UserError for a file with `names` that is no YAML.
+    """
     for above in (folder, *folder.parents[:2]):
         for file in sorted((*above.glob("*.yaml"), *above.glob("*.yml"))):
-            text = re.sub(r"\s#.*", "", file.read_text("utf-8-sig", "replace"))
-            listed = re.search(r"^names:\s*(\[[^]]*|\{[^}]*|([\s\S]+?)(?=^\w|\Z))", text, re.MULTILINE)
-            entries = re.split(r"[\n,]", listed[1].strip("[{")) if listed else []
-            found = [re.fullmatch(r"(?:-|(\d+)\s*:)?\s*(.*)", entry.strip()) for entry in entries if entry.strip()]
-            if found:
-                return {int(entry[1] or index): entry[2].strip("'\"") for index, entry in enumerate(found)}
+            text = file.read_text("utf-8-sig", "replace")
+            if not re.search(r"\bnames\b", text):  # it may be of any other program, and need not be whole
+                continue
+            with reading(file):
+                content = yaml.load(text, yaml.BaseLoader)  # the safe one that leaves `no` a name
+                names = content.get("names") if isinstance(content, dict) else None
+                if isinstance(names, list):
+                    names = dict(enumerate(names))
+                if names and isinstance(names, dict):
+                    return {int(number): str(name) for number, name in names.items()}
     return {}
 
 
@@ -263,7 +276,7 @@ def run_length_table(file: Path) -> list[Annotation]:
         columns = {name.lower(): name for name in table.fieldnames}
         runs = next(columns[name] for name in columns if re.search("rle|encod|segmentation", name))
         label = next((columns[name] for name in columns if re.search("class|label", name)), None)
-        is_by_rows = bool({"img", "segmentation"} & columns.keys())
+        order = "C" if {"img", "segmentation"} & columns.keys() else "F"
         named = (columns[name] for name in columns if name != runs.lower() and re.search("im(g|age)|name|id$", name))
         name = next(named, table.fieldnames[0])
         for row in table:
@@ -273,7 +286,7 @@ def run_length_table(file: Path) -> list[Annotation]:
                 if row[runs] is None:
                     raise ValueError("it ends too early")
                 if row[runs].strip() not in ("", "-1", "nan"):
-                    draw = partial(runs_mask, row[runs], is_by_rows)
+                    draw = partial(rle_decode, row[runs], order=order)
                     photo.add(row[label] if label else "object", draw, place)
     return list(photos.values())
 
@@ -291,7 +304,3 @@ def label_image(file: Path) -> Annotation | None:
         if value:
             annotation.add(int(value), partial(label_mask, file, value), f"label {int(value)}")
     return annotation
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks -> LabelMe's files

@@ -1,7 +1,7 @@
-"""Exports a network that train.py has trained to one ONNX file, with its preprocessing inside, and checks the file.
+"""Export a network that train.py has trained to one ONNX file, with its preprocessing inside, and check the file.
 
-    python export.py                                                       # my_checkpoint_best.pth.tar -> car.onnx
-    python export.py --checkpoint other_best.pth.tar --output other.onnx   # from and to other files
+    python -m tools.export                                        # my_checkpoint_best.pth.tar -> car.onnx
+    python -m tools.export --checkpoint other_best.pth.tar --output other.onnx
 
 The file takes "images", uint8 RGB (N, height, width, 3) at the network's size, for any N, and gives "probabilities",
 float32 (N, height, width). Its metadata say height, width, threshold and validation Dice. docs/export.md uses it.
@@ -10,6 +10,7 @@ float32 (N, height, width). Its metadata say height, width, threshold and valida
 import argparse
 import importlib
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -38,7 +39,8 @@ BATCH_SIZE = 8  # of the comparison
 SECONDS = 4  # that both together compute at least, so that short runs do not measure noise
 TOLERANCE = 0.0005  # between the Dice of PyTorch and of onnxruntime
 
-SOFTWARE = "export.py (U-Net for Carvana)"  # in the metadata, so that no other file is overwritten
+# In the metadata, so that no other file is overwritten. Files have had this text since the command was export.py.
+SOFTWARE = "export.py (U-Net for Carvana)"
 
 
 class Exported(nn.Module):
@@ -87,7 +89,7 @@ def require_packages() -> None:
             importlib.import_module(name)
         except ImportError as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"export.py needs {name} ({reason}): pip install {' '.join(PACKAGES)}") from error
+            raise UserError(f"tools.export needs {name} ({reason}): pip install {' '.join(PACKAGES)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +111,7 @@ def comparison_set(model: Predictor, settings: dict) -> tuple[np.ndarray, np.nda
             image, mask, *_ = read_sample(image_path, mask_path, model.size, model.rule)
             return cut(image, mask, np.subtract(mask.shape, model.window) // 2, model.window)
 
-    chosen = pairs[:: -(-len(pairs) // PHOTOS)]
+    chosen = pairs[:: math.ceil(len(pairs) / PHOTOS)]
     print(f"Comparing on {len(chosen)} of the {len(pairs)} photos in {folders[0]}.")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         samples = [future.result() for future in in_threads(pool, 2 * NUM_THREADS, read, chosen)]
@@ -182,7 +184,7 @@ def compare(content: bytes, model: Predictor, settings: dict, output: Path) -> N
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked. Raises UserError."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("python -m tools.export", __doc__)
     parser.add_argument("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
     parser.add_argument("--output", type=Path, default=Path("car.onnx"), help="[car.onnx]")
     args = parser.parse_args(argv)
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     model, checkpoint = load_model(args.checkpoint, "cpu", "fp32"), utils.load_checkpoint(Path(args.checkpoint))
     check_writable(args.output.parent, "--output")
     if args.output.exists() and not is_ours(args.output):
-        raise UserError(f"{args.output} was not written by export.py: move it away, or choose another --output")
+        raise UserError(f"{args.output} was not written by tools.export: move it away, or choose another --output")
 
     metadata = {"software": SOFTWARE, "height": model.window[0], "width": model.window[1], "threshold": THRESHOLD}
     if isinstance(model.size, float):

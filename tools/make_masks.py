@@ -1,12 +1,12 @@
-"""Makes masks of what annotation tools export: LabelMe, COCO, CVAT for images, YOLO, label images, run-length tables.
+"""Make masks of what annotation tools export: LabelMe, COCO, CVAT for images, YOLO, label images, run-length tables.
 
-    python make_masks.py photos --label car                     # LabelMe's files beside the photos -> masks_of_car/
-    python make_masks.py instances.json photos --label car --label van  # COCO's file, and the folder of its photos
-    python make_masks.py VOC/SegmentationClass VOC/JPEGImages --label 7 --ignore-label 255
-    python make_masks.py photos predictions --corrected         # what was outlined by hand or corrected in LabelMe
+    python -m tools.make_masks photos --label car                # LabelMe's files beside the photos -> masks_of_car/
+    python -m tools.make_masks instances.json photos --label car --label van  # COCO's file, and its photos' folder
+    python -m tools.make_masks VOC/SegmentationClass VOC/JPEGImages --label 7 --ignore-label 255
+    python -m tools.make_masks photos predictions --corrected    # what was outlined by hand or corrected in LabelMe
 
-Then `python split_data.py masks_of_car/images masks_of_car/masks` sorts them into data/. The output appears as a whole,
-or not at all. docs/annotation.md says more.
+Then `python -m tools.split_data masks_of_car/images masks_of_car/masks` sorts them into data/. The output appears as a
+whole, or not at all. docs/annotation.md says more.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def count_same(pairs: Iterable[tuple[str, str]]) -> int:
 def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
     """The files that are given, with those in the folders, and the images among them and beside them, each once.
 
-    Hidden files and what make_masks.py wrote are left out.
+    Hidden files and what tools.make_masks wrote are left out.
     """
     files, images = [], []
     for source in sources:
@@ -240,7 +240,7 @@ def plain(text: str) -> str:
 
 
 def check_ours(folder: Path) -> None:
-    """Raises UserError where there are files that make_masks.py did not write, or masks that were changed since."""
+    """Raise UserError where there are files that tools.make_masks did not write, or masks that were changed since."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --output-dir")
     known = {}
@@ -250,7 +250,9 @@ def check_ours(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         name, is_hidden = path.relative_to(folder).as_posix(), path.name.startswith((".", "Thumbs.db"))
         if path.is_file() and name != MANIFEST and not is_hidden and known.get(name) != checksum(path):
-            raise UserError(f"{path} was not written by make_masks.py, or changed since: choose another --output-dir")
+            raise UserError(
+                f"{path} was not written by tools.make_masks, or changed since: choose another --output-dir"
+            )
 
 
 def checksum(path: Path) -> int:
@@ -310,7 +312,7 @@ def print_table(annotations: list[Annotation], rows: list[Row], args: argparse.N
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("python -m tools.make_masks", __doc__)
     add = parser.add_argument
     add("sources", nargs="+", type=Path, help="annotation files, and folders with them and with photos")
     add("--label", action="append", default=[], help="the object's label; several are united [the only one]")
@@ -340,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
     if predictions:
         fate = "left out" if args.corrected else "taken; --corrected leaves them out"
         print(f"Predictions that nobody has saved in LabelMe since: {predictions}, {fate}")
-    print("python split_data.py", *(shlex.quote(str(args.output_dir / kind)) for kind in ("images", "masks")))
+    print("python -m tools.split_data", *(shlex.quote(str(args.output_dir / kind)) for kind in ("images", "masks")))
 
 
 if __name__ == "__main__":
