@@ -34,7 +34,6 @@ PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the colours of a
 DARK = 32  # of 255: below it a mask's values are labels, or in a JPEG noise
 VOID = 255  # in a decoded mask: nobody says what is there
 
-
 Size = tuple[int, int] | float | None  # to which photos are resized: (height, width), a share of their own, or not
 
 
