@@ -1,7 +1,4 @@
-"""Kaggle's submission file, and the run lengths in it.
-
-https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
-"""
+"""What predict.py writes: Kaggle's submission, pictures, and outlines for LabelMe."""
 
 import argparse
 import csv
