@@ -10,6 +10,7 @@ float32 (N, height, width). Its metadata say height, width, threshold and valida
 import argparse
 import importlib
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Exported(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = (images - self.mean) / self.std
-        return self.network.look(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
+        return self.network(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
 
 
 def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
@@ -109,7 +110,7 @@ def comparison_set(model: Predictor, settings: dict) -> tuple[np.ndarray, np.nda
             image, mask, *_ = read_sample(image_path, mask_path, model.size, model.rule)
             return cut(image, mask, np.subtract(mask.shape, model.window) // 2, model.window)
 
-    chosen = pairs[:: -(-len(pairs) // PHOTOS)]
+    chosen = pairs[:: math.ceil(len(pairs) / PHOTOS)]
     print(f"Comparing on {len(chosen)} of the {len(pairs)} photos in {folders[0]}.")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         samples = [future.result() for future in in_threads(pool, 2 * NUM_THREADS, read, chosen)]
