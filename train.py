@@ -30,7 +30,7 @@ from machinery.muon import Muon, muon_groups
 from machinery.report import Report
 from machinery.runs import Run
 from machinery.settings import read_settings, settle
-from model import build_network, set_first_prediction, size_multiple, update_batch_norm
+from model import new_network, size_multiple, update_batch_norm
 from predict import full_size_dice
 from utils import check_accuracy, get_loaders, load_checkpoint, save_predictions_as_imgs
 
@@ -176,8 +176,7 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
     """
     torch.manual_seed(s.seed)
     config = {"features": s.features, "encoder": s.encoder, "tile": s.crop}
-    model = build_network(config, checkpointing=s.activation_checkpointing)
-    set_first_prediction(model, foreground)
+    model = new_network(config, s.activation_checkpointing, foreground)  # build_network makes it
     shape = (s.batch_size // s.accumulation, 3, s.image_height, s.image_width)
     model, forward = to_device(model, shape, device, s.compile, s.num_epochs * math.ceil(photos / s.batch_size))
 

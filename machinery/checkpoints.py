@@ -3,6 +3,7 @@
 import os
 import pickle
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,8 +71,7 @@ def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
     try:
         checkpoint = _upgraded(checkpoint)
         is_newer = checkpoint["format"] > FORMAT
-        with torch.device("meta"):
-            wanted = build_network(checkpoint["model"]).state_dict()
+        wanted = _without_memory(build_network, checkpoint["model"]).state_dict()
         fits = {"height", "width", "mean", "std"} <= checkpoint["preprocessing"].keys() and {
             name: weight.shape for name, weight in checkpoint["state_dict"].items()
         } == {name: weight.shape for name, weight in wanted.items()}
@@ -80,8 +80,19 @@ def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
     if is_newer:
         raise UserError(f"{path} has format {checkpoint['format']}, newer than this train.py's: update the repository")
     if not fits:
-        raise UserError(f"{path} is not from this train.py: choose another, or train again")
+        raise UserError(
+            f"{path} is not from this train.py, or of another network than its build_network makes: choose another, or "
+            "train again"
+        )
     return checkpoint
+
+
+def _without_memory(build_network: Callable[[dict], nn.Module], config: dict) -> nn.Module:
+    """Return the network, on the meta device if it can be built there: some read their weights while they are built."""
+    with torch.device("meta"), warnings.catch_warnings(), suppress(Exception):  # of many kinds
+        warnings.simplefilter("ignore")  # that weights which it loads have no effect
+        return build_network(config)
+    return build_network(config)
 
 
 def _upgraded(checkpoint: dict) -> dict:

@@ -54,7 +54,7 @@ class Exported(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = (images - self.mean) / self.std
-        return self.network.look(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
+        return self.network(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
 
 
 def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
