@@ -3,18 +3,18 @@ import os
 import shutil
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # in child processes, too: tiny networks' threads wait for one another
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for a process that runs no script of this folder
+import numpy as np
+import pytest
+import torch
+
 import predict
 import train
 import utils
 from machinery.decoding import read_image
 from machinery.sample_data import draw_dataset
 from model import UNet
-
-os.environ["OMP_NUM_THREADS"] = "1"  # in child processes, too: tiny networks' threads wait for one another
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for a process that runs no script of this folder
-import numpy as np
-import pytest
-import torch
 
 PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SMALL = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", "0"]
@@ -66,8 +66,8 @@ def save_network(model: UNet) -> None:
 
 
 def rows() -> list[dict[str, str]]:
-    """utils.csv of the run in the working directory."""
-    with Path("saved_images/utils.csv").open() as file:
+    """metrics.csv of the run in the working directory."""
+    with Path("saved_images/metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 import utils
-from machinery import device
+from machinery import device, processes
 from machinery.errors import UserError
 from machinery.settings import parse_settings
 
@@ -46,9 +46,9 @@ def gpus(monkeypatch):
     return simulate
 
 
-def torchrun(monkeypatch, processes: int, local_rank: int) -> None:
-    monkeypatch.setattr(processes, "WORLD_SIZE", processes)
-    monkeypatch.setattr(processes, "LOCAL_WORLD_SIZE", processes)
+def torchrun(monkeypatch, count: int, local_rank: int) -> None:
+    monkeypatch.setattr(processes, "WORLD_SIZE", count)
+    monkeypatch.setattr(processes, "LOCAL_WORLD_SIZE", count)
     monkeypatch.setattr(processes, "LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
 

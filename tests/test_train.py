@@ -46,7 +46,7 @@ def test_a_run_learns_and_leaves_what_is_promised(project, run_train, capsys):
 def test_saved_pictures_show_each_validation_batch(project, run_train):
     run_train("--num-epochs", "1", "--batch-size", "14")  # 32 photos: 14, 14 and 4
     pictures = [f"{kind}{n}.png" for kind in ("", "pred_", "overlay_") for n in range(3)]
-    others = [".lock", "curves.png", "index.html", "utils.csv", "train_batch.png"]
+    others = [".lock", "curves.png", "index.html", "metrics.csv", "train_batch.png"]
     assert sorted(path.name for path in Path("saved_images").iterdir()) == sorted(pictures + others)
     truth = np.asarray(Image.open("saved_images/0.png"))
     assert truth.shape == (4 * 34 + 2, 4 * 50 + 2)  # 4 columns, 2 pixels between photos
