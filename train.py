@@ -190,7 +190,7 @@ def train(s: SimpleNamespace) -> None:
     train_set, val_set = load_data(s, beginning)
     val_part, show_size = val_set.part_to_validate(s.crop)
     train_loader, val_loader = get_loaders(train_set, val_part, s.batch_size, s.num_workers, device, s.seed)
-    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)
+    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)  # prints them
 
     # 2. Network and optimizer
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set), beginning.is_pretrained)

@@ -275,8 +275,11 @@ class Beginning:
     def header(self, s: SimpleNamespace, config: dict, train_set: Samples, val_set: Samples) -> dict:
         """Return what each checkpoint of the run holds besides its state: enough to predict and to continue.
 
-        `config` is what build_network made the network of.
+        `config` is what build_network made the network of. Raises UserError where processes have different photos.
         """
+        data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
+        if len(set(map(str, processes.all_gather_object(data)))) > 1:
+            raise UserError("the machines have different photos or masks: give all of them the same, or a shared disk")
         settings = vars(s)
         if self.continued:  # it goes on as it began
             settings = settings | {"start_from": self.continued["settings"].get("start_from")}
@@ -288,7 +291,7 @@ class Beginning:
             "rule": asdict(train_set.rule),
             "photo_size": [int(np.median(train_set.infos[name])) for name in ("height", "width")],
             "settings": settings,
-            "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
+            "data": data,
         }
 
     def load_into(self, state: State, header: dict) -> None:
