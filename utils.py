@@ -130,6 +130,11 @@ def image_scores(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> dict[str, Te
     }
 
 
+def score_names() -> list[str]:
+    """Return the names of image_scores, in their order."""
+    return list(image_scores(*torch.zeros(4, 1)))
+
+
 def dice_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
     """Return each image's Dice, 2|X∩Y| / (|X| + |Y|), and 1 where both are empty: the challenge's score is its mean.
 
