@@ -80,7 +80,7 @@ from machinery.processes import (
 from machinery.samples import Samples
 from machinery.settings import Parser, check_ranges
 from machinery.shapes import rle_encode
-from model import build_network
+from model import build_network, check_logits
 
 THREADS = min(8, NUM_THREADS)  # that decode and write while the network computes
 
@@ -99,12 +99,14 @@ class Predictor(nn.Module):
     def __init__(self, checkpoint: dict, device: Device) -> None:
         super().__init__()
         before = checkpoint["preprocessing"]
-        self.size: Size = before.get("scale") or (before["height"], before["width"])
+        self.window = before["height"], before["width"]  # of what it sees at once, a crop or a whole photo
+        self.size: Size = before.get("scale") or self.window
         self.rule, self.photo_size = rule_from(checkpoint["rule"]), checkpoint["photo_size"]
         self.network = build_network(checkpoint["model"]).eval()
         self.network.load_state_dict(checkpoint["state_dict"])
         if hasattr(self.network, "fold_batch_norm"):
             self.network.fold_batch_norm()
+        self.network.register_forward_hook(check_logits)
         self.network.to(device.device, device.precision, memory_format=device.memory_format)
         self.device = device
 
@@ -112,11 +114,6 @@ class Predictor(nn.Module):
     def tile(self) -> tuple[int, int] | None:
         """(height, width) of the tiles in which the network sees larger photos."""
         return getattr(self.network, "tile", None)
-
-    @property
-    def window(self) -> tuple[int, int]:
-        """(height, width) of what the network sees at once."""
-        return tuple(self.tile or self.size)
 
     @property
     def has_large_inputs(self) -> bool:
@@ -453,8 +450,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def load_network(args: argparse.Namespace) -> Predictor:
     """Return the network, set to the size or the tiles that are asked for. Raises UserError."""
     model = load_model(args.checkpoint, args.device)
-    if args.tile is not None and not hasattr(model.network, "multiple"):
-        raise UserError("--tile needs a network with `multiple` and `tile` (build_network in model.py): leave it out")
+    if args.tile is not None and not hasattr(model.network, "tile"):
+        raise UserError("--tile needs a network that has `tile` (build_network in model.py): leave --tile out")
     smallest = 4 * getattr(model.network, "multiple", 1)
     if args.tile is not None and args.tile < smallest:
         raise UserError(f"--tile is {args.tile}: set it to at least {smallest}, such as {8 * smallest}")

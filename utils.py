@@ -38,9 +38,16 @@ class Loader(DataLoader):
             yield batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch, from the image at position `start` on."""
+        """Yield the batches of an epoch, from the image at position `start` on.
+
+        What a network draws for a batch (dropout) depends on (seed, epoch, position), as augmentation does: a run that
+        continues draws the same.
+        """
         self.batch_sampler.set_epoch(epoch, start)
-        return iter(self)
+        for number, batch in enumerate(self):
+            position = start + number * self.batch_sampler.size
+            torch.manual_seed(hash((self.batch_sampler.seed, epoch, position, processes.RANK)))
+            yield batch
 
     def close(self) -> None:
         """End the workers, also where an error has left them in the middle of an epoch."""
@@ -121,6 +128,11 @@ def image_scores(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> dict[str, Te
         "dice": dice_scores(tp, fp, fn),
         "iou": iou_scores(tp, fp, fn),
     }
+
+
+def score_names() -> list[str]:
+    """Return the names of image_scores, in their order."""
+    return list(image_scores(*torch.zeros(4, 1)))
 
 
 def dice_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,8 +71,7 @@ def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
     try:
         checkpoint = _upgraded(checkpoint)
         is_newer = checkpoint["format"] > FORMAT
-        with torch.device("meta"):
-            wanted = build_network(checkpoint["model"]).state_dict()
+        wanted = _without_memory(build_network, checkpoint["model"]).state_dict()
         fits = {"height", "width", "mean", "std"} <= checkpoint["preprocessing"].keys() and {
             name: weight.shape for name, weight in checkpoint["state_dict"].items()
         } == {name: weight.shape for name, weight in wanted.items()}
@@ -80,8 +80,19 @@ def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
     if is_newer:
         raise UserError(f"{path} has format {checkpoint['format']}, newer than this train.py's: update the repository")
     if not fits:
-        raise UserError(f"{path} is not from this train.py: choose another, or train again")
+        raise UserError(
+            f"{path} is not from this train.py, or of another network than its build_network makes: choose another, or "
+            "train again"
+        )
     return checkpoint
+
+
+def _without_memory(build_network: Callable[[dict], nn.Module], config: dict) -> nn.Module:
+    """Return the network, on the meta device if it can be built there: some read their weights while they are built."""
+    with torch.device("meta"), warnings.catch_warnings(), suppress(Exception):  # of many kinds
+        warnings.simplefilter("ignore")  # that weights which it loads have no effect
+        return build_network(config)
+    return build_network(config)
 
 
 def _upgraded(checkpoint: dict) -> dict:
@@ -278,6 +289,19 @@ class Beginning:
     continued: dict | None
     started_from: dict | None
 
+    @classmethod
+    def of(cls, s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> "Beginning":
+        """Read what a run with the settings s begins with. Raises UserError if they do not allow it.
+
+        When torchrun starts the processes again because one has died, they continue what this run has saved.
+        """
+        # Of several machines' torchruns only the one whose process has died counts the restart
+        run, is_restart = processes.run_id(), processes.all_reduce_max(processes.RESTARTS) > 0
+        continued = processes.broadcast_object(_to_continue, s, load_checkpoint, run if is_restart else None)
+        if continued or not s.start_from:
+            return cls(run, continued, None)
+        return cls(run, None, processes.broadcast_object(_to_start_from, s, load_checkpoint))
+
     @property
     def rule(self) -> Rule | None:
         """The rule by which a continued run decodes its files."""
@@ -321,19 +345,6 @@ class Beginning:
             state.load_state_dict(adapted(self.continued, header))
         else:
             state.model.load_state_dict(self.started_from["state_dict"])
-
-
-def begin(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> Beginning:
-    """Read what a run with the settings s begins with. Raises UserError if they do not allow it.
-
-    When torchrun starts the processes again because one has died, they continue what this run has saved.
-    """
-    # Of several machines' torchruns only the one whose process has died counts the restart
-    run, is_restart = processes.run_id(), processes.all_reduce_max(processes.RESTARTS) > 0
-    continued = processes.broadcast_object(_to_continue, s, load_checkpoint, run if is_restart else None)
-    if continued or not s.start_from:
-        return Beginning(run, continued, None)
-    return Beginning(run, None, processes.broadcast_object(_to_start_from, s, load_checkpoint))
 
 
 def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], restarted: str | None) -> dict | None:

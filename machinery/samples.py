@@ -50,7 +50,7 @@ INFO = np.dtype(
 
 
 def info_of(image: np.ndarray, mask: np.ndarray, own_size: tuple[int, int]) -> tuple:
-    """The INFO of a pair's sample."""
+    """Return the INFO of a pair's sample."""
     border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     void = float((mask == VOID).mean())
     foreground = float((mask == 1).mean()) / (1 - void) if void < 1 else 0.0
@@ -84,7 +84,7 @@ class Samples:
         self.chosen: tuple[float, ...] | None = None
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The decoded pair, uint8 image (H, W, 3) and mask (H, W), from the cache if there is one."""
+        """Return the decoded pair, uint8 image (H, W, 3) and mask (H, W), from the cache if there is one."""
         if self.cache_file is None:
             return read_sample(*self.pairs[index], self.size, self.rule)[:2]
         if self._cache is None:
@@ -98,11 +98,11 @@ class Samples:
         return self._cache[start:mask].reshape(*size, 3), self._cache[mask:end].reshape(size)
 
     def size_of(self, index: int) -> tuple[int, int]:
-        """(height, width) of a prepared sample."""
+        """Return the (height, width) of a prepared sample."""
         return resized((self.infos["height"][index], self.infos["width"][index]), self.size)
 
     def part(self, count: int) -> "Samples":
-        """At most `count` of the prepared pairs, evenly spaced, from the same cache."""
+        """Return at most `count` of the prepared pairs, evenly spaced, from the same cache."""
         chosen = np.linspace(0, len(self.pairs) - 1, min(count, len(self.pairs))).round().astype(int)
         part = shallow_copy(self)
         part.infos = self.infos[chosen]
@@ -111,13 +111,11 @@ class Samples:
         return part
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {
-            "_cache": None,
-            "_held": None,
-        }  # a spawned worker maps the file anew instead of receiving its contents
+        # A spawned worker maps the file anew instead of receiving its contents
+        return self.__dict__ | {"_cache": None, "_held": None}
 
     def fingerprint(self) -> str:
-        """Of the prepared pairs' names and contents: other data have another one."""
+        """Return a digest of the prepared pairs' names and contents: other data have another one."""
         optional = {"void"} if not self.infos["void"].any() else set()  # as before there was void
         fields = [name for name in INFO.names if name not in optional | {"places"}]
         return _digest([image.name for image, _ in self.pairs], self.infos[fields].tolist())
@@ -125,7 +123,7 @@ class Samples:
     def prepare(
         self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
     ) -> None:
-        """Decodes every pair once, which checks it, and keeps the samples in a memory-mapped file in cache_dir.
+        """Decode every pair once, which checks it, and keep the samples in a memory-mapped file in cache_dir.
 
         By the rule, if one is given, else by that which these files make: each is read as it suggests itself, and those
         that the whole set contradicts are read again. `foreground_values` are then the rule's `chosen`.
@@ -156,7 +154,7 @@ class Samples:
                 )
 
     def _cached(self, cache_dir: Path, keys: list[tuple]) -> np.ndarray:
-        """Finds or builds the file for these keys and serves from it; raises OSError where it cannot be written."""
+        """Find or build the file for these keys, and serve from it. Raises OSError where it cannot be written."""
         cache_dir.mkdir(parents=True, exist_ok=True)
         place = cache_dir / _digest(DECODER, self.size, str(self.image_dir.resolve()), str(self.mask_dir.resolve()))
         index_file = place.with_name(f"{place.name}-{_digest(keys, self.chosen, self.rule and asdict(self.rule))}.json")
@@ -205,7 +203,7 @@ class Samples:
                 path.unlink(missing_ok=True)
 
     def _suits(self, rule: Rule, rows: list) -> bool:
-        """Whether samples that were read by a rule are what the given one, or the files' own, makes of them."""
+        """Return whether samples that were read by a rule are what the given one, or the files' own, makes of them."""
         wanted = self.rule or Rule.of([note for _, _, note in rows], self.chosen)
         return all(rule.meaning(note) == wanted.meaning(note) for _, _, note in rows)
 
@@ -213,7 +211,7 @@ class Samples:
         self._cache = np.memmap(self.cache_file, np.uint8, mode="c").view(np.ndarray)
 
     def _starts_of(self, own_sizes: list[tuple[int, int]]) -> list[int]:
-        """Where the samples of photos of these sizes start in the cache, and where the last one ends."""
+        """Return where the samples of photos of these sizes start in the cache, and where the last one ends."""
         return [0, *accumulate(4 * math.prod(resized(own_size, self.size)) for own_size in own_sizes)]
 
     def _build(self, place: Path, index_file: Path, keys: list[tuple]) -> None:
@@ -243,11 +241,10 @@ class Samples:
             temporary.write_text(json.dumps({"samples": data.name, "rule": asdict(self.rule), "rows": rows}))
 
     def _decode_all(self, keys: list[tuple], known: dict[tuple, tuple], file: BinaryIO | None) -> list[tuple]:
-        """Reads every sample, from an older cache if `known` has its key, and writes it to `file`. Settles the rule.
+        """Read every sample, from an older cache if `known` has its key, and write it to `file`. Settle the rule.
 
-        Returns the (key, info, note) of each.
+        Return the (key, info, note) of each.
         """
-
         writing, is_share = threading.Lock(), isinstance(self.size, float)
 
         def write(row: int, *arrays: np.ndarray) -> None:
@@ -295,7 +292,7 @@ class Samples:
         return rows
 
     def _settled(self) -> Rule:
-        """The rule that the notes make. Raises UserError."""
+        """Return the rule that the notes make. Raises UserError."""
         rule = Rule.of(self.notes, self.chosen)
         labels = sorted({value for note in self.notes for value, _ in note.values or [] if value})
         if missing := set(self.chosen or ()) - set(labels):
@@ -327,13 +324,13 @@ def _digest(*parts: object) -> str:
 
 
 def car_of(image: Path) -> str | None:
-    """Carvana's name of the car: 00087a6bd4dc_01.jpg -> 00087a6bd4dc; None for a photo that is named otherwise."""
+    """Return Carvana's name of the car: 00087a6bd4dc of 00087a6bd4dc_01.jpg; None for other names."""
     match = re.fullmatch(r"([0-9a-f]{12})_\d\d", image.stem)
     return match[1] if match else None
 
 
 def describe_rule(data: Samples) -> list[str]:
-    """What the values of the files mean, a line for each thing that is not plain."""
+    """Say what the values of the files mean, a line for each thing that is not plain."""
     rule, lines = data.rule, []
     if rule.low is not None:
         lines.append(f"photos with more than 8 bits a channel: {rule.low:.6g} becomes 0, {rule.high:.6g} becomes 255")
@@ -355,7 +352,7 @@ def describe_rule(data: Samples) -> list[str]:
 
 
 def describe(train: Samples, val: Samples) -> str:
-    """What two prepared sets hold, a line each, and a line for everything that looks like a mistake."""
+    """Say what two prepared sets hold, a line each, and a line for everything that looks like a mistake."""
     lines = ["set    pairs  photos                      foreground min, median, max     empty masks"]
     for name, data in (("train", train), ("val", val)):
         sizes = sorted({(width, height) for height, width in data.infos[["height", "width"]].tolist()})

@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number_or_none(text: str) -> int | str:
+    """Return the number that a flag's text is, or the text where it is "none"."""
     if text.lower() == "none" or re.fullmatch(r"-?\d+", text):
         return text if text.lower() == "none" else int(text)
     raise argparse.ArgumentTypeError(f"{text} is no whole number")
@@ -141,7 +142,7 @@ Range = tuple[str, type | tuple[type, ...], Callable[[object], bool], str]  # na
 
 
 def check_ranges(settings: object, ranges: Iterable[Range], spell: Callable[[str], str] = str.upper) -> None:
-    """Raises UserError for the first setting of another type or out of its range; `spell` writes its name for users."""
+    """Raise UserError for the first setting of another type or out of its range; `spell` writes its name for users."""
     for name, kind, is_valid, wanted in ranges:
         value = getattr(settings, name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not is_valid(value):

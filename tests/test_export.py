@@ -154,6 +154,13 @@ def test_files_of_the_user_are_never_overwritten(folder, monkeypatch):
         assert Path("car.onnx").read_bytes() == content
 
 
+def test_files_of_the_command_export_py_are_still_ours(folder):
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "ours", [], []))
+    onnx.helper.set_model_props(model, {"software": "export.py (U-Net for Carvana)"})
+    onnx.save(model, "car.onnx")
+    assert export.is_ours(Path("car.onnx"))
+
+
 @pytest.mark.parametrize("package", export.PACKAGES)
 def test_a_missing_package_is_named(folder, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

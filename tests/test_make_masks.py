@@ -7,6 +7,7 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -599,6 +600,9 @@ def test_the_same_command_again_replaces_its_own_output_and_nothing_else():
     make(".")
     assert np.array_equal(mask_of("a") > 0, inside(VAN)) and len(list(Path("masks_of_car/images").iterdir())) == 1
     assert not [path for path in Path().iterdir() if path.name.startswith(".")]
+    written = ("images/a.jpg", "masks/a_mask.png")  # the list of these has the form that make_masks.py gave it
+    checksums = {name: zlib.crc32(Path("masks_of_car", name).read_bytes()) for name in written}
+    assert json.loads(Path("masks_of_car/make_masks.json").read_text()) == checksums
 
     Image.new("L", SIZE[::-1], 255).save("masks_of_car/masks/a_mask.png")  # somebody has retouched it
     assert "masks_of_car/masks/a_mask.png" in error_of("photos")

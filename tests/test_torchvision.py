@@ -37,7 +37,9 @@ def test_training_ends_with_one_sentence(project, run_mismatched):
 
 def test_a_pretrained_encoder_ends_with_one_sentence(project, run_mismatched):
     pytest.importorskip("timm")
-    done = run_mismatched(train.__file__, *SMALL, "--image-height", "64", "--image-width", "64", "--encoder", "resnet18")
+    done = run_mismatched(
+        train.__file__, *SMALL, "--image-height", "64", "--image-width", "64", "--encoder", "resnet18"
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: timm cannot be imported (operator torchvision::nms does not exist): pip install")

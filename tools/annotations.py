@@ -75,12 +75,12 @@ def reading(what: object) -> Iterator[None]:
 
 
 def relative_polygon_mask(ring: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Of a ring whose coordinates are shares of the photo's width and height."""
+    """Return the mask of a ring whose coordinates are shares of the photo's width and height."""
     return polygon_mask([ring * size[::-1]], size)
 
 
 def placed(part: Callable[[], np.ndarray], left: int, top: int, size: tuple[int, int]) -> np.ndarray:
-    """A small mask at its place, cut at the photo's border."""
+    """Return a photo's mask with a small one at its place, cut at the border."""
     mask, pixels = np.zeros(size, bool), part()[max(0, -top) :, max(0, -left) :]
     place = mask[max(0, top) :, max(0, left) :]
     height, width = np.minimum(place.shape, pixels.shape)
@@ -89,7 +89,7 @@ def placed(part: Callable[[], np.ndarray], left: int, top: int, size: tuple[int,
 
 
 def png_mask(png: str) -> np.ndarray:
-    """A mask that LabelMe keeps in base64."""
+    """Decode a mask that LabelMe keeps in base64."""
     content = np.frombuffer(base64.b64decode(png), np.uint8)
     mask = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE) if len(content) else None
     if mask is None:
@@ -107,7 +107,7 @@ def label_mask(file: Path, value: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
-    """What a file that is no image says of photos, or None where it is no annotation. Raises UserError.
+    """Return what a file that is no image says of photos, or None where it is no annotation. Raises UserError.
 
     `has_photo` says whether there is a photo of the file's stem: then an empty file is YOLO's, without an object.
     """
@@ -133,7 +133,10 @@ def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
 
 
 def labelme(file: Path, content: dict) -> Annotation:
-    """X-AnyLabeling's files are alike. https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py"""
+    """Read a file of LabelMe, or of X-AnyLabeling, whose are alike.
+
+    https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py
+    """
     height, width = content.get("imageHeight"), content.get("imageWidth")
     annotation = Annotation(file, content["imagePath"], (int(height), int(width)) if height and width else None)
     annotation.is_prediction = is_untouched(content)
@@ -157,7 +160,7 @@ def labelme(file: Path, content: dict) -> Annotation:
 
 
 def coco(file: Path, content: dict) -> list[Annotation]:
-    """https://cocodataset.org/#format-data"""
+    """Read a file of COCO: https://cocodataset.org/#format-data"""
     names = {category["id"]: category["name"] for category in content["categories"]}
     photos: dict[object, Annotation] = {}
     for image in content["images"]:
@@ -182,7 +185,7 @@ def coco(file: Path, content: dict) -> list[Annotation]:
 
 
 def cvat(file: Path, root: ElementTree.Element) -> list[Annotation]:
-    """https://docs.cvat.ai/docs/dataset_management/formats/format-cvat/, "CVAT for images 1.1"."""
+    """Read "CVAT for images 1.1": https://docs.cvat.ai/docs/dataset_management/formats/format-cvat/"""
     if root.find("track") is not None:
         raise UserError(f"{file} is of a video: export it from CVAT as 'CVAT for images 1.1'")
     annotations = []
@@ -218,9 +221,9 @@ def cvat_shape(kind: str, shape: dict[str, str]) -> Callable | None:
 
 
 def yolo(file: Path) -> Annotation:
-    """https://docs.ultralytics.com/datasets/segment/: a row for each object, its class and the ring's corners.
+    """Read a file of YOLO, a row for each object: its class and the ring's corners.
 
-    A row of five numbers is a box, which is no outline.
+    A row of five numbers is a box, which is no outline. https://docs.ultralytics.com/datasets/segment/
     """
     annotation = Annotation(file, file.with_suffix("").as_posix(), None)
     names = class_names(file.parent.absolute())
@@ -265,7 +268,7 @@ def class_names(folder: Path) -> dict[int, str]:
 
 
 def run_length_table(file: Path) -> list[Annotation]:
-    """Kaggle's tables: a row for each object, with the photo's name, run lengths, and perhaps a class.
+    """Read one of Kaggle's tables: a row for each object, with the photo's name, run lengths, and perhaps a class.
 
     Runs are along the rows in those with a column `img` (Carvana's) or `segmentation`, down the columns in the others.
     """
@@ -292,7 +295,7 @@ def run_length_table(file: Path) -> list[Annotation]:
 
 
 def label_image(file: Path) -> Annotation | None:
-    """An image whose pixels are labels, by index or palette: lossless, one channel, and at most 64 values."""
+    """Read an image whose pixels are labels: lossless, of one channel, at most 64 values. Return None for others."""
     with opened(file) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16") or image.format not in ("PNG", "TIFF", "BMP", "GIF"):
             return None

@@ -62,13 +62,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_process(work: Callable, *args: object) -> object:
-    """What work returns in a process of its own, whose memory and switches are nobody else's."""
+    """Return what work returns in a process of its own, whose memory and switches are nobody else's."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *args).result()
 
 
 def peak_memory() -> float:
-    """MB that this process has had at most."""
+    """Return how many MB this process has had at most."""
     if Path("/proc/self/status").exists():  # getrusage would count what the parent had when it started this one
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
     import resource  # which Windows does not have
@@ -93,7 +93,7 @@ def classic_augmentation(s: SimpleNamespace) -> A.Compose:
 
 
 def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
-    """Photos per second of one thread, from 1918 x 1280 JPEGs and GIFs to augmented samples of the default size.
+    """Measure photos per second of one thread, from JPEGs and GIFs of 1918 x 1280 to augmented samples.
 
     classic: in every epoch Pillow decodes both in full, and albumentations resizes, augments as train.py does, and
     normalises. cold: the first epoch, which builds the cache. warm: every later one.
@@ -143,7 +143,7 @@ def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
 
 
 def classic_network(s: SimpleNamespace) -> UNet:
-    """The same network with PyTorch's own initialisation, as a plain U-Net repository has it."""
+    """Return the same network with PyTorch's own initialisation, as a plain U-Net repository has it."""
     torch.manual_seed(s.seed)
     model = UNet(3, 1, s.features)
     for layer in model.modules():
@@ -153,7 +153,7 @@ def classic_network(s: SimpleNamespace) -> UNet:
 
 
 def classic_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, masks: Tensor) -> None:
-    """fp32, contiguous tensors, plain Adam."""
+    """Take a step in fp32, with contiguous tensors and plain Adam."""
     loss = F.binary_cross_entropy_with_logits(model(images), masks)
     optimizer.zero_grad()
     loss.backward()
@@ -190,7 +190,7 @@ class OperationCount(TorchDispatchMode):
 
 
 def matmul_speed(device: Device, wait: Callable) -> float:
-    """GFLOP/s of a product of two large matrices in the device's precision."""
+    """Measure the GFLOP/s of a product of two large matrices in the device's precision."""
     size = 2048 if device.device.type == "cpu" else 8192
     some, other = (torch.randn(size, size, device=device.device, dtype=device.precision) for _ in range(2))
 
@@ -204,8 +204,9 @@ def matmul_speed(device: Device, wait: Callable) -> float:
 
 
 def measure_step(name: str, s: SimpleNamespace) -> dict[str, float]:
-    """A step's seconds and GFLOP, its optimizer's seconds and operations, the peak memory in MB, and the GFLOP/s of a
-    product of two matrices.
+    """Measure a step: seconds and GFLOP, the optimizer's seconds and operations, the peak memory in MB; and `matmul`.
+
+    That is the GFLOP/s of a product of two matrices.
     """
     chosen = choose_device(s.device, s.precision)
     device = chosen.device
@@ -260,7 +261,7 @@ def measure_step(name: str, s: SimpleNamespace) -> dict[str, float]:
 
 
 def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
-    """The training step on BATCH_SIZE images that are there already: images/s, GFLOP/s, and the process's peak memory.
+    """Measure the training step on BATCH_SIZE images that are there: images/s, GFLOP/s, the process's peak memory.
 
     classic: fp32, contiguous, Adam. ours: train.train_step. The share is of what the product of two matrices of 2048 x
     2048 (8192 on a GPU) reaches in the same process and precision; GFLOP are the convolutions, forward and backward,
@@ -293,7 +294,7 @@ def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
 
 
 def benchmark_validate(s: SimpleNamespace) -> dict[str, float]:
-    """Milliseconds a photo of 1918 x 1280 beside a network that costs nothing.
+    """Measure the milliseconds that a photo of 1918 x 1280 takes beside a network that costs next to nothing.
 
     scores: check_accuracy alone. pictures: the same, until every picture and the page are drawn in threads; training
     waits for `scores_and_queue` of that. full_size: Dice at the photos' original size, in one thread and in all.
@@ -335,7 +336,8 @@ def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
     """(seconds so far, validation Dice) after each epoch of Adam at 1e-4 with batches of 16, rotated by 35 degrees."""
     device = Device(choose_device(s.device).device, torch.float32)
     size = s.image_height, s.image_width
-    augmentation = A.Compose([A.Rotate(limit=35, border_mode=cv2.BORDER_REFLECT_101, p=1.0), A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1)])
+    rotation = A.Rotate(limit=35, border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+    augmentation = A.Compose([rotation, A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1)])
     train_set = CarvanaDataset(s.train_img_dir, s.train_mask_dir, size, augmentation, s.seed)
     val_set = CarvanaDataset(s.val_img_dir, s.val_mask_dir, size)
     for data in (train_set, val_set):
@@ -354,7 +356,7 @@ def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
 
 
 def our_run(s: SimpleNamespace) -> list[tuple[float, float]]:
-    """The same of train.py with its settings."""
+    """Return the same of train.py with its settings."""
     with tempfile.TemporaryDirectory() as folder:
         train.train(SimpleNamespace(**vars(s) | {"checkpoint": f"{folder}/c.pth.tar", "saved_images_dir": folder}))
         with Path(folder, "metrics.csv").open() as file:
@@ -364,7 +366,7 @@ def our_run(s: SimpleNamespace) -> list[tuple[float, float]]:
 
 
 def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
-    """Both recipes on the same data with the same network, each with three seeds: mean Dice after NUM_EPOCHS epochs.
+    """Compare both recipes on the same data and network, with three seeds each: mean Dice after NUM_EPOCHS epochs.
 
     error_ratio compares 1 - Dice. time_ratio compares the seconds until the classic recipe's last mean Dice, which ours
     may reach in this run or in one of an eighth of the NUM_EPOCHS. Both read the cache: decoding is in neither.
@@ -400,7 +402,7 @@ def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
 
 
 def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path, device: torch.device) -> None:
-    """The plain way: one photo at a time, fp32, decoded in full, nearest neighbour, PNG as Pillow writes it."""
+    """Predict the plain way: one photo at a time, fp32, decoded in full, nearest neighbour, PNG as Pillow writes it."""
     state = utils.load_checkpoint(checkpoint)
     model = UNet(**state["model"]).eval().to(device)
     model.load_state_dict(state["state_dict"])
@@ -419,7 +421,7 @@ def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path, devi
 def measure_prediction(
     is_plain: bool, checkpoint: Path, photos: list[Path], output_dir: Path, device: str
 ) -> tuple[float, float]:
-    """Seconds, from the checkpoint to the last mask, and this process's peak of memory in MB."""
+    """Measure the seconds from the checkpoint to the last mask, and this process's peak of memory in MB."""
 
     def work(photos: list[Path]) -> None:
         if is_plain:
@@ -434,7 +436,7 @@ def measure_prediction(
 
 
 def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
-    """Photos per second and the peak of memory, from 1918 x 1280 JPEGs to masks, with the default network."""
+    """Measure photos per second and the peak of memory, from 1918 x 1280 JPEGs to masks, with the default network."""
     measured = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "network.pth.tar")
@@ -458,7 +460,7 @@ def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """What figures depend on: the CPU's or GPU's name, cores, the instruction sets that matter here, and PyTorch."""
+    """Return what figures depend on: CPU's or GPU's name, cores, the instruction sets that matter here, and PyTorch."""
     cpu = platform.processor() or platform.machine()
     flags = set()
     if Path("/proc/cpuinfo").exists():

@@ -33,14 +33,14 @@ CHECKERS = Image.fromarray(np.kron(np.indices((80, 80)).sum(0) % 2 * 39 + 216, n
 
 
 def reduced(path: Path, model: Predictor, side: int) -> Image.Image:
-    """A photo at `side` pixels at most."""
+    """Read a photo at `side` pixels at most."""
     picture = Image.fromarray(read_image(path, None, model.rule))
     picture.thumbnail((side, side))
     return picture
 
 
 def cut(kept: SimpleNamespace, photo: np.ndarray, logits: np.ndarray, choices: tuple) -> Prediction:
-    """What a photo at any size becomes by the page's choices."""
+    """Return what a photo at any size becomes by the page's choices."""
     threshold, is_coloured, colour = choices
     rgb = ImageColor.getcolor(re.sub(r"\.\d+", "", colour), "RGB")  # "#1d9a8a" or "rgba(29.3, 154, 138, 1)"
     flags = SimpleNamespace(threshold=threshold, background=rgb if is_coloured else CHECKERS.convert("RGB"))
@@ -48,7 +48,7 @@ def cut(kept: SimpleNamespace, photo: np.ndarray, logits: np.ndarray, choices: t
 
 
 def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
-    """The page, a gr.Blocks. Of each photo it keeps the network's output, so that the threshold needs no network."""
+    """Build the page, a gr.Blocks. It keeps each photo's logits, so that the threshold needs no network."""
 
     @contextmanager
     def one_sentence(path):

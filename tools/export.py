@@ -54,11 +54,11 @@ class Exported(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = (images - self.mean) / self.std
-        return self.network.look(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
+        return self.network(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
 
 
 def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
-    """The contents of an ONNX file, whose batch is dynamic, for a network in fp32 on the CPU."""
+    """Return the contents of an ONNX file, whose batch is dynamic, for a network in fp32 on the CPU."""
     images = torch.zeros(2, *model.window, 3, dtype=torch.uint8)  # of one image torch would make a constant
     conv = torch.backends.cudnn.conv  # torch's exporter fails where its precision is not the default, on a CPU, too
     precision, conv.fp32_precision = conv.fp32_precision, "tf32"
@@ -83,7 +83,7 @@ def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
 
 
 def require_packages() -> None:
-    """Imports what PyTorch's exporter and the comparison need. Raises UserError where something is missing."""
+    """Import what PyTorch's exporter and the comparison need. Raises UserError where something is missing."""
     for name in PACKAGES:
         try:
             importlib.import_module(name)
@@ -97,7 +97,7 @@ def require_packages() -> None:
 
 
 def comparison_set(model: Predictor, settings: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, H, W, 3) and masks uint8 (N, H, W) in {0, 1, VOID}: validation photos, else drawn cars."""
+    """Return images uint8 (N, H, W, 3) and masks uint8 (N, H, W) in {0, 1, VOID}: of validation, else drawn."""
     try:
         folders = [Path(settings[name]) for name in ("val_img_dir", "val_mask_dir")]
         pairs = find_pairs(*folders, settings.get("mask_suffix", MASK_SUFFIX))
@@ -119,7 +119,7 @@ def comparison_set(model: Predictor, settings: dict) -> tuple[np.ndarray, np.nda
 
 
 def open_session(model: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """A function, images -> probabilities, that runs an ONNX file on as many of the CPU's cores as PyTorch takes."""
+    """Return a function, images -> probabilities, that runs an ONNX file on as many cores as PyTorch takes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -129,7 +129,7 @@ def open_session(model: bytes) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def side_by_side(runs: dict[str, Callable], images: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Each run's probabilities, float32 (N, H, W), and its images/s; they take turns, batch by batch."""
+    """Return each run's probabilities, float32 (N, H, W), and its images/s; they take turns, batch by batch."""
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
     results, seconds, computed = {name: [] for name in runs}, dict.fromkeys(runs, 0.0), 0
     for run_ in runs.values():
@@ -151,14 +151,14 @@ def side_by_side(runs: dict[str, Callable], images: np.ndarray) -> tuple[dict[st
 
 
 def mean_dice(probabilities: np.ndarray, masks: np.ndarray) -> float:
-    """The mean Dice of probabilities, (N, H, W), against masks in {0, 1, VOID}."""
+    """Return the mean Dice of probabilities, (N, H, W), against masks in {0, 1, VOID}."""
     parts = probabilities > THRESHOLD, masks == 1, masks != VOID
     tp, fp, fn, _ = (count.double() for count in confusion(*map(torch.from_numpy, parts)))
     return dice_scores(tp, fp, fn).mean().item()
 
 
 def compare(content: bytes, model: Predictor, settings: dict, output: Path) -> None:
-    """Prints Dice and speed of PyTorch and onnxruntime. Raises UserError where Dice differs by more than TOLERANCE."""
+    """Print Dice and speed of PyTorch and onnxruntime. Raises UserError where Dice differs by more than TOLERANCE."""
     images, masks = comparison_set(model, settings)
     runs = {
         "PyTorch": lambda batch: torch.from_numpy(model(batch)).sigmoid().numpy(),
@@ -183,7 +183,7 @@ def compare(content: bytes, model: Predictor, settings: dict, output: Path) -> N
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, checked. Raises UserError."""
+    """Parse and check the command line. Raises UserError."""
     parser = Parser("python -m tools.export", __doc__)
     parser.add_argument("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
     parser.add_argument("--output", type=Path, default=Path("car.onnx"), help="[car.onnx]")
@@ -194,6 +194,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def is_ours(path: Path) -> bool:
+    """Return whether a file is one that tools.export has written."""
     import onnx
 
     with suppress(Exception):  # protobuf raises many kinds of errors on other files

@@ -53,7 +53,7 @@ class Photos:
                 self.paths.setdefault(key_of(name), []).append(path)
 
     def find(self, name: str, file: Path) -> Path | None:
-        """The photo that a file names: where it says, seen from the file, else of that name among the sources.
+        """Return the photo that a file names: where it says, seen from the file, else of that name among the sources.
 
         Paths of other machines end alike: of several photos it is the one that shares the most folders' names with the
         path, and then with the file's own. Raises UserError where there are two.
@@ -77,12 +77,12 @@ class Photos:
 
 
 def count_same(pairs: Iterable[tuple[str, str]]) -> int:
-    """How many pairs are equal before the first that is not."""
+    """Count the pairs that are equal before the first that is not."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The files that are given, with those in the folders, and the images among them and beside them, each once.
+    """List the files that are given, with those in the folders, and the images among and beside them, each once.
 
     Hidden files and what tools.make_masks wrote are left out.
     """
@@ -105,7 +105,7 @@ def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
-    """What all files say, and the photos. Label images count as such only where nothing else is annotated."""
+    """Return what all files say, and the photos. Label images count only where nothing else is annotated."""
     files, images = list_files(sources)
     others = [file for file in files if not is_image(file)]
     progress = partial(tqdm, desc="reading", unit="file", disable=None)
@@ -125,7 +125,10 @@ def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
 
 
 def match(annotations: list[Annotation], photos: Photos) -> list[Path | None]:
-    """The photo of each, None where its file holds it. Raises UserError for one that is missing, or annotated twice."""
+    """Return the photo of each, None where its file holds it.
+
+    Raises UserError for one that is missing, or annotated twice.
+    """
     found, known = [], {}
     for annotation in annotations:
         with reading(annotation.file):
@@ -145,7 +148,7 @@ def match(annotations: list[Annotation], photos: Photos) -> list[Path | None]:
 
 
 def choose_labels(annotations: list[Annotation], wanted: list[str], ignored: list[str]) -> list[str]:
-    """The labels that are the object: the wanted ones, or the only one there is. Raises UserError."""
+    """Return the labels that are the object: the wanted ones, or the only one there is. Raises UserError."""
     counts = Counter(shape.label for annotation in annotations for shape in annotation.shapes if shape.draw)
     listed = ", ".join(f"{label} ({count})" for label, count in counts.most_common(20))
     listed += f" and {len(counts) - 20} more" if len(counts) > 20 else ""
@@ -181,7 +184,7 @@ class Row:
 def draw(
     annotation: Annotation, photo: Path, labels: list[str], ignored: list[str]
 ) -> tuple[np.ndarray, Counter, bool]:
-    """The mask of a photo, uint8 (H, W), as upright as train.py reads the photo; and a Row's `areas` and `is_turned`.
+    """Draw the mask of a photo, uint8 (H, W), upright, and return it with a Row's `areas` and `is_turned`.
 
     It is 255 on the labels, or 1 where there are ignored ones, which are VOID. Raises UserError.
     """
@@ -210,7 +213,7 @@ def draw(
 
 
 def write_pair(annotation: Annotation, photo: Path | None, name: str, folder: Path, args: argparse.Namespace) -> Row:
-    """Writes images/<name> and masks/<name>_mask.png into the folder, unless there is no object and --skip-empty."""
+    """Write images/<name> and masks/<name>_mask.png into the folder, unless there is no object and --skip-empty."""
     photo = photo or extract(annotation, folder / "embedded" / name)
     mask, areas, is_turned = draw(annotation, photo, args.label, args.ignore_label)
     values, counts = np.unique(mask, return_counts=True)
@@ -223,7 +226,7 @@ def write_pair(annotation: Annotation, photo: Path | None, name: str, folder: Pa
 
 
 def extract(annotation: Annotation, path: Path) -> Path:
-    """Writes the photo that an annotation's file holds to the path, to which its kind's ending is added."""
+    """Write the photo that an annotation's file holds to the path, to which its kind's ending is added."""
     with reading(f"{annotation.file}: its imageData"):
         content = annotation.embedded()
         with Image.open(io.BytesIO(content)) as image:
@@ -235,7 +238,7 @@ def extract(annotation: Annotation, path: Path) -> Path:
 
 
 def plain(text: str) -> str:
-    """What of a text may be part of a file's name everywhere."""
+    """Return a text with _ for what may not be part of a file's name everywhere."""
     return re.sub(r"[^\w.-]", "_", text)
 
 
@@ -260,7 +263,7 @@ def checksum(path: Path) -> int:
 
 
 def make(annotations: list[Annotation], photos: list[Path | None], args: argparse.Namespace) -> list[Row]:
-    """Writes all pairs, into a hidden folder which then takes the output's place. Returns a row for each."""
+    """Write all pairs, into a hidden folder which then takes the output's place. Return a row for each."""
     check_ours(args.output_dir)
     parent = next(folder for folder in args.output_dir.absolute().parents if folder.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".make_masks-") as temporary:
@@ -293,6 +296,7 @@ def make(annotations: list[Annotation], photos: list[Path | None], args: argpars
 
 
 def print_table(annotations: list[Annotation], rows: list[Row], args: argparse.Namespace) -> None:
+    """Print a row for each label, and lines about what was left out."""
     shapes = [shape for annotation in annotations for shape in annotation.shapes]
     counts = Counter(shape.label for shape in shapes if shape.draw)
     width = max(map(len, ("label", *counts)))

@@ -166,9 +166,9 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
         places = {}
         for image, mask in pairs:
             name = "val" if group_of(image) in val_cars else "train"
-            train_pys = mask.name if suffix == MASK_SUFFIX else f"{image.stem}{MASK_SUFFIX}{mask.suffix}"
+            mask_name = mask.name if suffix == MASK_SUFFIX else f"{image.stem}{MASK_SUFFIX}{mask.suffix}"
             places[f"images/{image.name}"] = f"{name}_images/{image.name}"
-            places[f"masks/{mask.name}"] = f"{name}_masks/{train_pys}"
+            places[f"masks/{mask.name}"] = f"{name}_masks/{mask_name}"
         placed = {Path(file).name for file in places}  # not a second mask of a photo, which find_pairs passes over
         originals = [Path(origin).absolute() for name, origin in origins.items() if how == "move" and name in placed]
         with written_whole(plan) as temporary:
