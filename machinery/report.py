@@ -286,7 +286,7 @@ def draw_curves(history: list[dict], path: Path) -> None:
     figure = Figure(figsize=(8, 3 * rows), dpi=100, layout="constrained")
     epochs = [row["epoch"] for row in history]
     for number, (title, names) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(rows, 2, number)
+        axes = figure.add_subplot(rows, 2, number, sharex=next(iter(figure.axes), None))  # the same epochs in all
         for name, colour, marker in zip(names, (BLUE, VERMILION), ("o", "s"), strict=False):
             values = [row.get(name, np.nan) for row in history]  # nan leaves a gap
             axes.plot(epochs, values, marker, ls="-", color=colour, ms=4 if len(epochs) < 50 else 0, label=name)

@@ -164,6 +164,7 @@ def test_a_new_metric_leaves_a_gap_where_a_run_had_none(project, run_train, monk
     run_train("--num-epochs", "3", "--load-model")
     assert [row["half"] for row in rows()] == ["", "", "0.5"]
     assert curves(figures[-1])["Half"] == {"half": pytest.approx([np.nan, np.nan, 0.5], nan_ok=True)}
+    assert len({axes.get_xlim() for axes in figures[-1].axes}) == 1
     assert '<th scope="col">half</th>' in page() and page().count("<td></td>") == 2
 
 
