@@ -23,7 +23,7 @@ import albumentations as A
 
 from dataset import CarvanaDataset, CropDataset
 from machinery import processes
-from machinery.checkpoints import Beginning, CheckpointWriter, State, begin, reserved
+from machinery.checkpoints import Beginning, CheckpointWriter, State, reserved
 from machinery.device import Device, choose_device, memory_errors, to_device
 from machinery.errors import run as run_script
 from machinery.muon import Muon, muon_groups
@@ -32,7 +32,7 @@ from machinery.runs import Run
 from machinery.settings import read_settings, settle
 from model import new_network, size_multiple, update_batch_norm
 from predict import full_size_dice
-from utils import check_accuracy, get_loaders, load_checkpoint, save_predictions_as_imgs
+from utils import check_accuracy, get_loaders, load_checkpoint, save_predictions_as_imgs, score_names
 
 # Your data.
 TRAIN_IMG_DIR = "data/train_images"
@@ -191,7 +191,7 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
 def train(s: SimpleNamespace) -> None:
     """Train, validate and save, with the settings s: the constants by their lower-case names."""
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
-    beginning = begin(s, load_checkpoint)
+    beginning = Beginning.of(s, load_checkpoint)
 
     # 1. Data
     train_set, val_set = load_data(s, beginning)
@@ -213,6 +213,7 @@ def train(s: SimpleNamespace) -> None:
     losses = partial(image_losses, dice_weight=s.dice_weight)
     with closing(train_loader), closing(val_loader), run.until_stopped():
         print(f"Training on {device}, {s.batch_size} images a step.")
+        run.print_names(score_names())
         while len(state.history) < s.num_epochs:
             train_epoch(run, device, s)
             update_batch_norm(train_loader, len(state.history), state.model, device)

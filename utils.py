@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from dataset import Batches, CarvanaDataset
 from machinery import checkpoints, processes
+from machinery.decoding import VOID
 from machinery.device import Device, choose_num_workers
 from machinery.processes import progress
 from machinery.report import pooled, save_grid
@@ -127,6 +128,11 @@ def image_scores(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> dict[str, Te
         "dice": dice_scores(tp, fp, fn),
         "iou": iou_scores(tp, fp, fn),
     }
+
+
+def score_names() -> list[str]:
+    """Return the names of image_scores, in their order."""
+    return list(image_scores(*torch.zeros(4, 1)))
 
 
 def dice_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
@@ -245,6 +251,10 @@ def warn_of_one_class(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> None:
 
 
 def save_predictions_as_imgs(predictions: np.ndarray, masks: np.ndarray, batch: int, folder: Path) -> None:
-    """Save a batch's predictions, bool (N, H, W), as pred_<batch>.png, and true masks, uint8, as <batch>.png."""
-    save_grid(predictions * np.uint8(255), folder / f"pred_{batch}.png")
-    save_grid(masks, folder / f"{batch}.png")
+    """Save a batch's predictions, bool (N, H, W), as pred_<batch>.png, and its true masks as <batch>.png.
+
+    True masks are uint8 (N, H, W) in {0, 1, VOID}; void (ignored) pixels become grey.
+    """
+    grey = np.where(masks == VOID, np.uint8(128), masks * np.uint8(255))
+    save_grid(predictions[..., None] * np.uint8(255), folder / f"pred_{batch}.png")
+    save_grid(grey[..., None], folder / f"{batch}.png")

@@ -289,6 +289,19 @@ class Beginning:
     continued: dict | None
     started_from: dict | None
 
+    @classmethod
+    def of(cls, s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> "Beginning":
+        """Read what a run with the settings s begins with. Raises UserError if they do not allow it.
+
+        When torchrun starts the processes again because one has died, they continue what this run has saved.
+        """
+        # Of several machines' torchruns only the one whose process has died counts the restart
+        run, is_restart = processes.run_id(), processes.all_reduce_max(processes.RESTARTS) > 0
+        continued = processes.broadcast_object(_to_continue, s, load_checkpoint, run if is_restart else None)
+        if continued or not s.start_from:
+            return cls(run, continued, None)
+        return cls(run, None, processes.broadcast_object(_to_start_from, s, load_checkpoint))
+
     @property
     def rule(self) -> Rule | None:
         """The rule by which a continued run decodes its files."""
@@ -332,19 +345,6 @@ class Beginning:
             state.load_state_dict(adapted(self.continued, header))
         else:
             state.model.load_state_dict(self.started_from["state_dict"])
-
-
-def begin(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> Beginning:
-    """Read what a run with the settings s begins with. Raises UserError if they do not allow it.
-
-    When torchrun starts the processes again because one has died, they continue what this run has saved.
-    """
-    # Of several machines' torchruns only the one whose process has died counts the restart
-    run, is_restart = processes.run_id(), processes.all_reduce_max(processes.RESTARTS) > 0
-    continued = processes.broadcast_object(_to_continue, s, load_checkpoint, run if is_restart else None)
-    if continued or not s.start_from:
-        return Beginning(run, continued, None)
-    return Beginning(run, None, processes.broadcast_object(_to_start_from, s, load_checkpoint))
 
 
 def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], restarted: str | None) -> dict | None:

@@ -112,7 +112,7 @@ def correlations(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def test_transforms_fire_independently_of_each_other(sample):
-    augmentation = A.Compose(train.make_augmentation().transforms + [A.VerticalFlip(p=0.5), A.InvertImg(p=0.5)])
+    augmentation = A.Compose([*train.make_augmentation(), A.VerticalFlip(p=0.5), A.InvertImg(p=0.5)])
     fired = []
     for seed in range(400):
         draw(augmentation, sample, seed)
@@ -156,25 +156,25 @@ def test_a_sample_depends_on_its_own_random_numbers_alone(make, sample):
     assert len({image.tobytes() + mask.tobytes() for image, mask in first}) > 15
 
 
-def loaded(drawn: Path, kind: type, augmentation: A.Compose, workers: int, start: str, at: int = 0) -> list:
-    """Return the batches of an epoch from a position on, with so many workers that start so."""
-    data = kind(drawn / "train_images", drawn / "train_masks", augmentation=augmentation, seed=3)
-    data.prepare(None)
+def loaded(data: CarvanaDataset, workers: int, start: str | None, at: int = 0) -> list[torch.Tensor]:
+    """Return the batches of an epoch from a position on, from so many workers that start so."""
     loader = get_loaders(data, data, 8, workers)[0]
-    loader.multiprocessing_context = start if workers else None
+    loader.multiprocessing_context = start
     return [tensor for batch in loader.epoch(2, at) for tensor in batch]
 
 
-@pytest.mark.parametrize("augmentation", [train.make_augmentation(), NESTED], ids=["default", "nested"])
 @pytest.mark.parametrize(
-    "kind", [partial(CarvanaDataset, size=(32, 48)), partial(CropDataset, size=1.0, crop=(32, 48))], ids=["photos", "crops"]
+    "kind", [partial(CarvanaDataset, size=(32, 48)), partial(CropDataset, size=1.0, crop=(32, 48))]
 )
-def test_workers_their_start_and_a_continuation_change_nothing(drawn, kind, augmentation):
-    batches = loaded(drawn, kind, augmentation, 0, "fork")
+def test_workers_their_start_and_a_continuation_change_nothing(drawn, kind):
+    augmentation = A.Compose([*train.make_augmentation(), *NESTED])
+    data = kind(drawn / "train_images", drawn / "train_masks", augmentation=augmentation, seed=3)
+    data.prepare(None)
+    batches = loaded(data, 0, None)
     for start in get_all_start_methods():
-        found = loaded(drawn, kind, augmentation, 2, start)
+        found = loaded(data, 2 if start == "fork" else 1, start)  # the others' workers are slow to start
         assert len(found) == len(batches) and all(map(torch.equal, found, batches)), start
-    continued = loaded(drawn, kind, augmentation, 0, "fork", at=16)
+    continued = loaded(data, 0, None, at=16)
     assert all(map(torch.equal, continued, batches[4:])) and len(continued) == len(batches) - 4
 
 
@@ -194,22 +194,17 @@ def test_a_transform_that_writes_into_what_it_gets_leaves_the_cache_alone(projec
         assert all(map(np.array_equal, data.sample(0), before))
 
 
-def test_importing_train_asks_the_network_for_no_newer_albumentations():
-    code = "import urllib.request, train; assert 'albumentations.check_version' in __import__('sys').modules\n"
+def test_prediction_needs_no_albumentations_and_training_asks_the_network_for_no_newer_one():
     code = (
-        "import socket\n"
-        "def refuse(*_, **__): raise SystemExit('the network was asked')\n"
-        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import socket, sys, predict\n"
+        "def refuse(*_, **__): sys.exit('the network was asked')\n"
+        "socket.getaddrinfo = socket.socket.connect = refuse\n"
+        "assert 'albumentations' not in sys.modules\n"
         "import train; train.A.Compose"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"}
+    environment = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_prediction_does_without_albumentations():
-    code = "import sys, predict; sys.exit('albumentations' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +258,9 @@ def test_a_crop_is_the_middle_of_what_comes_out(name, drawn):
         assert image.shape == (32, 48, 3) and mask.shape == (32, 48)
         assert name != "RandomCrop" or (mask == VOID).mean() >= 0.75
     same = CropDataset(drawn / "train_images", drawn / "train_masks", 1.0, crop=(32, 32))
-    turned = CropDataset(drawn / "train_images", drawn / "train_masks", 1.0, A.Compose([A.Transpose(p=1)]), crop=(32, 32))
+    turned = CropDataset(
+        drawn / "train_images", drawn / "train_masks", 1.0, A.Compose([A.Transpose(p=1)]), crop=(32, 32)
+    )
     for data in (same, turned):
         data.prepare(None)
     assert np.array_equal(turned[5][0], same[5][0].transpose(1, 0, 2))
@@ -278,7 +275,7 @@ FAULTS = {
     "Normalize": (A.Normalize(), IMAGE_FAULT.format("float32 (32, 48, 3)")),
     "ToFloat": (A.ToFloat(), IMAGE_FAULT.format("float32 (32, 48, 3)")),
     "ToTensorV2": (A.ToTensorV2(), IMAGE_FAULT.format("a tensor of uint8 (3, 32, 48)")),
-    "ToGray": (A.ToGray(num_output_channels=1, p=0.01), IMAGE_FAULT.format("uint8 (32, 48")),
+    "ToGray": (A.ToGray(num_output_channels=1, p=0.01), IMAGE_FAULT.format("uint8 (32, 48)")),
     "Lambda": (A.Lambda(mask=zero_to_one, p=0.01), "turns masks into float32 (32, 48)"),
     "PadIfNeeded": (A.PadIfNeeded(64, 64, border_mode=cv2.BORDER_CONSTANT, fill_mask=127), "leaves 127 in masks"),
     "RandomCrop": (A.RandomCrop(64, 64), "cannot do with samples of 32 x 48 pixels"),
@@ -298,7 +295,7 @@ def test_what_leaves_something_else_is_named_before_anything_is_decoded(name, ne
 
 
 def test_what_fails_because_of_another_transform_names_that_one(drawn):
-    with pytest.raises(UserError, match="^Normalize in make_augmentation turns"):
+    with pytest.raises(UserError, match=r"^Normalize in make_augmentation turns"):
         set_of(drawn, A.Compose([A.Normalize(), A.CLAHE(p=1)]))
     set_of(drawn, A.Compose([A.PadIfNeeded(64, 64), A.RandomCrop(64, 64)]))  # which alone would fail
     set_of(drawn, A.Compose([A.ToFloat(), A.FromFloat(dtype="uint8")]))[0]
@@ -306,7 +303,7 @@ def test_what_fails_because_of_another_transform_names_that_one(drawn):
 
 def test_a_mask_that_is_interpolated_is_named_where_it_has_ignored_pixels(sample):
     blurred = A.Compose([A.HorizontalFlip(), A.Rotate((20, 20), mask_interpolation=cv2.INTER_LINEAR, p=1)])
-    with pytest.raises(UserError, match=r"^Rotate in make_augmentation leaves \d+ in masks, which may hold 0, 1 and 255"):
+    with pytest.raises(UserError, match=r"^Rotate in make_augmentation leaves \d+ in masks, which may hold"):
         draw(blurred, sample, 0)
 
 
@@ -323,12 +320,13 @@ def test_what_is_not_of_albumentations_is_refused(augmentation, kind, drawn):
         set_of(drawn, augmentation)
 
 
-@pytest.mark.parametrize(
-    "augmentation",
-    [A.Transpose(p=1), A.OneOf([A.HorizontalFlip()]), A.Compose([]), A.ReplayCompose([A.HorizontalFlip()])]
-    + [A.Compose([A.HorizontalFlip()], save_applied_params=True), A.Compose([A.HorizontalFlip()], p=0.5)],
-)
-def test_other_things_of_albumentations_and_what_adds_keys_will_do(augmentation, drawn):
+FLIP = A.HorizontalFlip()
+OTHERS = [A.Transpose(p=1), A.OneOf([FLIP]), A.Compose([]), A.Compose([FLIP], p=0.5), A.Compose([FLIP], strict=True)]
+WITH_KEYS = [A.ReplayCompose([FLIP]), A.Compose([FLIP], save_applied_params=True)]
+
+
+@pytest.mark.parametrize("augmentation", [*OTHERS, *WITH_KEYS])
+def test_what_else_albumentations_calls_will_do_and_more_keys_do_no_harm(augmentation, drawn):
     image, mask = set_of(drawn, augmentation)[0]
     assert image.shape == (32, 48, 3) and mask.shape == (32, 48)
 
@@ -355,9 +353,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("late", [False, True])
-def test_the_sentence_is_one_line_and_the_status_is_1(project, workers, late):
+@pytest.mark.parametrize(("late", "workers"), [(False, 0), (True, 2)])
+def test_the_sentence_is_one_line_and_the_status_is_1(project, late, workers):
     """Also if a sample is the first to show it, in a worker."""
     Path("script.py").write_text(SCRIPT.format(late=late))
     flags = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", str(workers)]

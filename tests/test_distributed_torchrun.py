@@ -75,7 +75,7 @@ def close(some: dict, others: dict) -> bool:
 
 
 def printed() -> list[str]:
-    """The scores of utils.csv to the last digit that is printed."""
+    """The scores of metrics.csv to the last digit that is printed."""
     return [f"{float(row[name]):.4f}" for row in rows() for name in ("val_loss", "pixel_accuracy", "dice", "iou")]
 
 

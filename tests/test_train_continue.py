@@ -69,7 +69,7 @@ class Training(CONTEXT.Process):
 
 
 def scores() -> list[dict[str, str]]:
-    """utils.csv apart from times."""
+    """metrics.csv apart from times."""
     return [{name: value for name, value in row.items() if "second" not in name} for row in rows()]
 
 

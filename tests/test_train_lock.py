@@ -39,7 +39,7 @@ def test_a_second_run_is_refused_before_it_touches_anything(other_run, monkeypat
     assert error_of("--checkpoint", "other.pth.tar") == f"error: SAVED_IMAGES_DIR saved_images {message}"
     assert not list(Path().glob("*_1*")) and not list(Path().glob("other*")) and other_run.is_alive()
     train.main([*SMALL, "--num-epochs", "1", "--checkpoint", "other.pth.tar", "--saved-images-dir", "other"])
-    assert Path("other/utils.csv").exists()
+    assert Path("other/metrics.csv").exists()
 
 
 HOLD = """

@@ -336,7 +336,8 @@ def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
     """(seconds so far, validation Dice) after each epoch of Adam at 1e-4 with batches of 16, rotated by 35 degrees."""
     device = Device(choose_device(s.device).device, torch.float32)
     size = s.image_height, s.image_width
-    augmentation = A.Compose([A.Rotate(limit=35, border_mode=cv2.BORDER_REFLECT_101, p=1.0), A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1)])
+    rotation = A.Rotate(limit=35, border_mode=cv2.BORDER_REFLECT_101, p=1.0)
+    augmentation = A.Compose([rotation, A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.1)])
     train_set = CarvanaDataset(s.train_img_dir, s.train_mask_dir, size, augmentation, s.seed)
     val_set = CarvanaDataset(s.val_img_dir, s.val_mask_dir, size)
     for data in (train_set, val_set):
