@@ -20,6 +20,12 @@ PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std"
 SMALL = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", "0"]
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run what is chosen by name, by -k or by -m (a GPU's tests) in this process: others take seconds to start."""
+    is_chosen = config.option.keyword or config.option.markexpr or any("::" in name for name in config.args)
+    return 0 if is_chosen else None
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn cars, small: 4 for training and 2 for validation, 16 photos each. Not to be changed."""
