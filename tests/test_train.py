@@ -50,7 +50,7 @@ def test_saved_pictures_show_each_validation_batch(project, run_train):
     pictures = [f"{kind}{n}.png" for kind in ("", "pred_", "overlay_") for n in range(3)]
     others = [".lock", "curves.png", "index.html", "metrics.csv", "train_batch.png"]
     assert sorted(path.name for path in Path("saved_images").iterdir()) == sorted(pictures + others)
-    truth = np.asarray(Image.open("saved_images/0.png"))
+    truth = np.asarray(Image.open("saved_images/0.png").convert("L"))
     assert truth.shape == (4 * 34 + 2, 4 * 50 + 2)  # 4 columns, 2 pixels between photos
     first = read_mask(sorted(Path("data/val_masks").glob("*.gif"))[0], (32, 48))
     np.testing.assert_array_equal(truth[2:34, 2:50], first * 255)
