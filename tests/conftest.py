@@ -12,6 +12,7 @@ import torch
 import predict
 import train
 import utils
+from machinery import report
 from machinery.decoding import read_image
 from machinery.sample_data import draw_dataset
 from model import UNet
@@ -43,9 +44,22 @@ def project(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.fixture
-def run_train():
-    """Runs train.py with a tiny network at a tiny size."""
+def run_train(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Runs train.py with a tiny network at a tiny size.
+
+    The curves, which take matplotlib a third of that time, are empty outside of test_report.py and test_report_page.py.
+    """
+    if "report" not in request.module.__name__:
+        monkeypatch.setattr(report, "draw_curves", lambda history, path: path.touch())
     return lambda *flags: train.main([*SMALL, *flags])
+
+
+def leave_photos(train: int, val: int) -> None:
+    """Leave so many of a project's 64 photos for training and of its 32 for validation."""
+    for folder, number in (("train", train), ("val", val)):
+        for photo in sorted(Path(f"data/{folder}_images").iterdir())[number:]:
+            photo.unlink()
+            Path(f"data/{folder}_masks/{photo.stem}_mask.gif").unlink()
 
 
 @pytest.fixture
