@@ -324,14 +324,12 @@ def test_a_new_metric_is_a_score_too(photos, capsys, monkeypatch):
     monkeypatch.setattr(utils, "image_scores", fewer_scores)
     run("data/val_images", "--mask-dir", "data/val_masks")
     assert list(scores()[0]) == ["photo", "dice", "boundary_f1"]
-    monkeypatch.undo()
+    monkeypatch.setattr(utils, "image_scores", image_scores)
     run("data/val_images", "--mask-dir", "data/val_masks")
     assert scores() == old
 
 
-@pytest.mark.parametrize(
-    "line", ["photo,dice", "photo,dice,owner", "photo,size,boundary_f1", "my,photo,dice,boundary_f1"]
-)
+@pytest.mark.parametrize("line", ["photo,dice", "photo,dice,owner", "photo,size,boundary_f1", "my,dice,boundary_f1"])
 def test_a_table_of_scores_that_is_not_ours_is_kept(photos, line):
     Path("predictions").mkdir()
     Path("predictions/scores.csv").write_text(f"{line}\n1,2,3,4\n")

@@ -97,10 +97,7 @@ def test_grids_have_four_columns_and_grey_lines(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), np.uint8)
     report.save_grid(pictures, tmp_path / "grid.png")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    wanted = np.zeros(
-        (2 + 2 * 8, 2 + 4 * 10, 3), np.uint8
-    )  # two rows; what is not filled is black, as torchvision has it
-    wanted[:] = 128
+    wanted = np.full((2 + 2 * 8, 2 + 4 * 10, 3), 128, np.uint8)  # two rows, of which the second has one picture
     for number, picture in enumerate(pictures):
         row, column = divmod(number, 4)
         wanted[2 + 8 * row : 8 + 8 * row, 2 + 10 * column : 10 + 10 * column] = picture

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import filelock
 import pytest
-from conftest import SMALL, rows
-from test_train_continue import Training
+from conftest import SMALL, leave_photos, rows
+from forked import Training
 
 import train
 from machinery import checkpoints, errors
@@ -19,6 +19,12 @@ def error_of(*flags: str) -> str:
     with pytest.raises(SystemExit) as exit_:
         errors.run(lambda: train.main([*SMALL, *flags]))
     return str(exit_.value.code)
+
+
+@pytest.fixture
+def project(project: Path) -> Path:
+    leave_photos(8, 4)
+    return project
 
 
 @pytest.fixture
