@@ -232,7 +232,7 @@ def check_logits(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
             f"the network gives a {type(logits).__name__}, not logits: let build_network (model.py) return these "
             'alone, as OnlyLogits does with a dictionary\'s "out"'
         )
-    wanted = (len(inputs[0]), 1, *inputs[0].shape[2:])
+    wanted = (inputs[0].shape[0], 1, *inputs[0].shape[2:])  # len() would fix the batch of a network that is exported
     if logits.shape != wanted:
         given, image = (" x ".join(map(str, tensor.shape[1:])) for tensor in (logits, inputs[0]))
         raise UserError(
