@@ -232,9 +232,9 @@ def check_logits(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
             f"the network gives a {type(logits).__name__}, not logits: let build_network (model.py) return these "
             'alone, as OnlyLogits does with a dictionary\'s "out"'
         )
-    wanted = (len(inputs[0]), 1, *inputs[0].shape[2:])
-    if logits.shape != wanted:
-        given, image = (" x ".join(map(str, tensor.shape[1:])) for tensor in (logits, inputs[0]))
+    (images,) = inputs
+    if logits.shape != (images.shape[0], 1, *images.shape[2:]):
+        given, image = (" x ".join(map(str, tensor.shape[1:])) for tensor in (logits, images))
         raise UserError(
             f"the network gives logits of {given} for images of {image}: they must have 1 channel and the images' size "
             "(build_network in model.py)"

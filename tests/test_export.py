@@ -21,7 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the packages onnx
 onnx = pytest.importorskip("onnx", reason="needs the packages onnx, onnxscript and onnxruntime")
 pytest.importorskip("onnxscript", reason="needs the packages onnx, onnxscript and onnxruntime")
 
-DOCS = Path(export.__file__).parent / "docs/export.md"
+DOCS = Path(export.__file__).parents[1] / "docs/export.md"
 CHECKPOINT = Path("my_checkpoint_best.pth.tar")
 
 

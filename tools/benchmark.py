@@ -49,7 +49,7 @@ from machinery.files import find_pairs, written_whole
 from machinery.report import Report
 from machinery.sample_data import draw_dataset, use_sample_if_empty
 from machinery.settings import Parser, check_settings, parse_settings
-from model import UNet
+from model import build_network
 from predict import full_size_dice
 
 ROUNDS = 3  # each contender runs once a round, in turn, so that a noisy machine is noisy for all
@@ -149,10 +149,10 @@ def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
 # train: the step
 
 
-def classic_network(s: SimpleNamespace) -> UNet:
+def classic_network(s: SimpleNamespace) -> nn.Module:
     """The same network with PyTorch's own initialisation, as a plain U-Net repository has it."""
     torch.manual_seed(s.seed)
-    model = UNet(3, 1, s.features)
+    model = build_network({"features": s.features, "encoder": None, "tile": None})
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.reset_parameters()
@@ -415,7 +415,7 @@ def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
 def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path, device: torch.device) -> None:
     """The plain way: one photo at a time, fp32, decoded in full, nearest neighbour, PNG as Pillow writes it."""
     state = utils.load_checkpoint(checkpoint)
-    model = UNet(**state["model"]).eval().to(device)
+    model = build_network(state["model"]).eval().to(device)
     model.load_state_dict(state["state_dict"])
     settings = state["preprocessing"]
     mean, std = np.float32(settings["mean"]), np.float32(settings["std"])
@@ -448,13 +448,13 @@ def measure_prediction(
 
 def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
     """Photos per second and the peak of memory, from 1918 x 1280 JPEGs to masks, with the default network."""
-    network = {"in_channels": 3, "out_channels": 1, "features": list(settings.features)}
+    network = {"features": settings.features, "encoder": None, "tile": None}
     preprocessing = {"height": settings.image_height, "width": settings.image_width}
     preprocessing |= {"mean": settings.mean, "std": settings.std}
     measured = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "network.pth.tar")
-        state = {"model": network, "preprocessing": preprocessing, "state_dict": UNet(**network).state_dict()}
+        state = {"model": network, "preprocessing": preprocessing, "state_dict": build_network(network).state_dict()}
         utils.save_checkpoint(state, checkpoint)
         draw_dataset(Path(folder, "data"), train_cars=1, val_cars=1)
         photos = sorted(Path(folder, "data").glob("*_images/*.jpg"))
