@@ -3,17 +3,21 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from augmentation import Step, augment
 from machinery import processes
-from machinery.decoding import VOID
+from machinery.decoding import VOID, Rule
 from machinery.errors import UserError
 from machinery.files import MASK_SUFFIX
 from machinery.samples import Samples
+from machinery.transforms import augment, check_transforms
+
+if TYPE_CHECKING:  # predict.py uses this module without it
+    import albumentations as A
 
 CROPS = 8  # of each photo in an epoch
 MARGIN = 0.3  # of a crop's longer side that is read around it, so that scaling and rotation find real surroundings
@@ -28,7 +32,7 @@ class CarvanaDataset(Samples, Dataset):
 
     Args:
         image_dir, mask_dir, size, mask_suffix: as for Samples.
-        augmentation: what augmentation.augment is to do with each sample, a list of (probability, step).
+        augmentation: what changes each sample at random, of albumentations. What it leaves at another size is resized.
         seed: of the augmentation.
     """
 
@@ -37,7 +41,7 @@ class CarvanaDataset(Samples, Dataset):
         image_dir: Path,
         mask_dir: Path,
         size: tuple[int, int] | float,
-        augmentation: list[tuple[float, Step]] = (),
+        augmentation: "A.Compose | None" = None,
         seed: int = 0,
         mask_suffix: str = MASK_SUFFIX,
     ) -> None:
@@ -53,7 +57,28 @@ class CarvanaDataset(Samples, Dataset):
         A sample that comes twice in an epoch is augmented differently: its position is another.
         """
         epoch, position, index = key if isinstance(key, tuple) else (0, key, key)
-        return augment(self.augmentation, np.random.default_rng((self.seed, epoch, position)), *self.sample(index))
+        image, mask = self.sample(index)
+        if self.augmentation is None:
+            return image, mask
+        height, width = mask.shape
+        image, mask = augment(self.augmentation, np.random.default_rng((self.seed, epoch, position)), image, mask)
+        if mask.shape != (height, width):  # after a rotation by 90 degrees, say
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+            mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        return image, mask
+
+    def prepare(
+        self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
+    ) -> None:
+        """Check the augmentation, which is quick, and decode the pairs as Samples does."""
+        if self.augmentation is not None:
+            check_transforms(self.augmentation, self.window)
+        super().prepare(cache_dir, rule, foreground_values)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Return the (height, width) of what is augmented, or a likely one where every photo has its own."""
+        return (512, 512) if isinstance(self.size, float) else self.size
 
     def image_of(self, index: int) -> Path:
         """Return the photo that __getitem__ shows at an index."""
@@ -75,8 +100,8 @@ class CarvanaDataset(Samples, Dataset):
 class CropDataset(CarvanaDataset):
     """Crops of images with binary masks; each depends on (seed, epoch, photo, number of the crop) alone.
 
-    A third of them is centred on a pixel of the foreground, where there is any; the others lie anywhere. A crop is cut
-    out of a larger window after augmentation. What lies beyond the photo is mirrored, and void in the mask.
+    A third of them is centred on a pixel of the foreground, where there is any; the others lie anywhere. A crop is the
+    middle of a larger window after augmentation. What lies beyond the photo is mirrored, and void in the mask.
 
     Args:
         crop: (height, width) of every sample.
@@ -85,7 +110,7 @@ class CropDataset(CarvanaDataset):
 
     def __init__(self, *arguments: object, crop: tuple[int, int], **more: object) -> None:
         super().__init__(*arguments, **more)
-        self.crop = crop
+        self.crop, self.margin = crop, round(MARGIN * max(crop))
 
     def __len__(self) -> int:
         return CROPS * len(self.pairs)
@@ -95,18 +120,27 @@ class CropDataset(CarvanaDataset):
         photo, number = divmod(index, CROPS)
         random = np.random.default_rng((self.seed, epoch, photo, number))
         image, mask = self.sample(photo)
-        crop, margin = np.array(self.crop), round(MARGIN * max(self.crop))
+        crop = np.array(self.crop)
         room = np.array(mask.shape) - crop
         start = np.floor(random.random(2) * (room + 1)).astype(int)
         if random.random() < 1 / 3 and (place := random.choice(self.infos["places"][photo])) >= 0:
             start = np.array(np.unravel_index(place, mask.shape)) - crop // 2
         start = np.where(room < 0, room // 2, start.clip(0, room.clip(0)))
-        window = augment(self.augmentation, random, *cut(image, mask, start - margin, crop + 2 * margin))
-        inner = np.s_[margin : margin + self.crop[0], margin : margin + self.crop[1]]
-        return tuple(np.ascontiguousarray(part[inner]) for part in window)
+        image, mask = cut(image, mask, start - self.margin, self.window)
+        if self.augmentation is not None:
+            image, mask = augment(self.augmentation, random, image, mask)
+        return cut(image, mask, (np.array(mask.shape) - crop) // 2, self.crop)
 
-    def prepare(self, *arguments: object) -> None:
-        super().prepare(*arguments)
+    @property
+    def window(self) -> tuple[int, int]:
+        height, width = self.crop
+        return height + 2 * self.margin, width + 2 * self.margin
+
+    def prepare(
+        self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
+    ) -> None:
+        """Prepare the photos, and check that crops are no larger than all of them."""
+        super().prepare(cache_dir, rule, foreground_values)
         height, width = np.max([self.size_of(photo) for photo in range(len(self.pairs))], 0)
         if self.crop[0] > max(height, SMALL) or self.crop[1] > max(width, SMALL):
             raise UserError(

@@ -8,17 +8,22 @@ Open saved_images/index.html in a browser: it shows what the network has learned
 """
 
 import math
+import os
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import torch
 from torch import Tensor, nn
 
-import augmentation
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or each import of it asks the network for a newer version
+import albumentations as A
+
 from dataset import CarvanaDataset, CropDataset
 from machinery import processes
-from machinery.checkpoints import Beginning, CheckpointWriter, State, begin, reserved
+from machinery.checkpoints import Beginning, CheckpointWriter, State, reserved
 from machinery.device import Device, choose_device, memory_errors, to_device
 from machinery.errors import run as run_script
 from machinery.muon import Muon, muon_groups
@@ -27,7 +32,7 @@ from machinery.runs import Run
 from machinery.settings import read_settings, settle
 from model import new_network, size_multiple, update_batch_norm
 from predict import full_size_dice
-from utils import check_accuracy, get_loaders, load_checkpoint, save_predictions_as_imgs
+from utils import check_accuracy, get_loaders, load_checkpoint, save_predictions_as_imgs, score_names
 
 # Your data.
 TRAIN_IMG_DIR = "data/train_images"
@@ -76,14 +81,17 @@ MEAN = (0.485, 0.456, 0.406)  # mean of each RGB channel, range 0 to 1 (ImageNet
 STD = (0.229, 0.224, 0.225)  # standard deviation of each RGB channel, range 0 to 1 (ImageNet's)
 
 
-def make_augmentation() -> list[tuple[float, augmentation.Step]]:
-    """What training changes at random in every sample: with which probability, and what (augmentation.py)."""
-    return [
-        (0.5, augmentation.horizontal_flip),
-        (0.7, partial(augmentation.affine, scale=0.15, shift=0.06, degrees=8)),
-        (0.5, partial(augmentation.brightness_contrast, brightness=0.2, contrast=0.2)),
-        (0.5, partial(augmentation.hue_saturation_value, hue=20, saturation=30, value=20)),
-    ]
+def make_augmentation() -> A.Compose:
+    """Return what training changes at random in image and mask alike: any transforms that leave images uint8."""
+    mirrored = cv2.BORDER_REFLECT_101
+    return A.Compose(
+        [
+            A.HorizontalFlip(p=0.5),
+            A.Affine(scale=(0.85, 1.15), translate_percent=(-0.06, 0.06), rotate=(-8, 8), border_mode=mirrored, p=0.7),
+            A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
+            A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=30, val_shift_limit=20, p=0.5),  # hue: of 180
+        ]
+    )
 
 
 def image_losses(logits: Tensor, masks: Tensor, dice_weight: float = 0.0) -> Tensor:
@@ -183,13 +191,13 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
 def train(s: SimpleNamespace) -> None:
     """Train, validate and save, with the settings s: the constants by their lower-case names."""
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
-    beginning = begin(s, load_checkpoint)
+    beginning = Beginning.of(s, load_checkpoint)
 
     # 1. Data
     train_set, val_set = load_data(s, beginning)
     val_part, show_size = val_set.part_to_validate(s.crop)
     train_loader, val_loader = get_loaders(train_set, val_part, s.batch_size, s.num_workers, device, s.seed)
-    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)
+    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)  # prints them
 
     # 2. Network and optimizer
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set), beginning.is_pretrained)
@@ -203,8 +211,9 @@ def train(s: SimpleNamespace) -> None:
     # 3. Epochs
     run = Run(state, train_loader, writer, report, s.num_epochs, s.checkpoint_minutes)
     losses = partial(image_losses, dice_weight=s.dice_weight)
-    with run.until_stopped():
+    with closing(train_loader), closing(val_loader), run.until_stopped():
         print(f"Training on {device}, {s.batch_size} images a step.")
+        run.print_names(score_names())
         while len(state.history) < s.num_epochs:
             train_epoch(run, device, s)
             update_batch_norm(train_loader, len(state.history), state.model, device)
