@@ -180,7 +180,7 @@ def build_network(config: dict, checkpointing: bool = False) -> nn.Module:
     - `tile`: the (height, width) of the tiles in which it sees larger images in eval mode, or None. CROP and
       predict.py --tile set it. Without it, a network sees whole photos at once, and --tile is refused.
     - `multiple`: to which it pads height and width; 1 where it is not there. A tile has at least four times as much.
-    - `fold_batch_norm()`: predict.py calls it once, in eval mode.
+    - `fold_batch_norm()`: predict.py calls it once, in eval mode, and then has the weights in bf16 or fp16, too.
 
     Args:
         config: {"features": ..., "encoder": ..., "tile": ...}, UNet's arguments from train.py's constants. A checkpoint
