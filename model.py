@@ -180,7 +180,7 @@ def build_network(config: dict, checkpointing: bool = False) -> nn.Module:
     - `tile`: the (height, width) of the tiles in which it sees larger images in eval mode, or None. CROP and
       predict.py --tile set it. Without it, a network sees whole photos at once, and --tile is refused.
     - `multiple`: to which it pads height and width; 1 where it is not there. A tile has at least four times as much.
-    - `fold_batch_norm()`: predict.py calls it once, in eval mode.
+    - `fold_batch_norm()`: predict.py calls it once, in eval mode, and then has the weights in bf16 or fp16, too.
 
     Args:
         config: {"features": ..., "encoder": ..., "tile": ...}, UNet's arguments from train.py's constants. A checkpoint
@@ -232,9 +232,9 @@ def check_logits(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
             f"the network gives a {type(logits).__name__}, not logits: let build_network (model.py) return these "
             'alone, as OnlyLogits does with a dictionary\'s "out"'
         )
-    wanted = (inputs[0].shape[0], 1, *inputs[0].shape[2:])  # len() would fix the batch of a network that is exported
-    if logits.shape != wanted:
-        given, image = (" x ".join(map(str, tensor.shape[1:])) for tensor in (logits, inputs[0]))
+    (images,) = inputs
+    if logits.shape != (images.shape[0], 1, *images.shape[2:]):
+        given, image = (" x ".join(map(str, tensor.shape[1:])) for tensor in (logits, images))
         raise UserError(
             f"the network gives logits of {given} for images of {image}: they must have 1 channel and the images' size "
             "(build_network in model.py)"

@@ -106,8 +106,9 @@ class Predictor(nn.Module):
         self.network.load_state_dict(checkpoint["state_dict"])
         if hasattr(self.network, "fold_batch_norm"):
             self.network.fold_batch_norm()
+            self.network.to(device.precision)  # BatchNorm itself would be rounded too much
         self.network.register_forward_hook(check_logits)
-        self.network.to(device.device, device.precision, memory_format=device.memory_format)
+        self.network.to(device.device, memory_format=device.memory_format)
         self.device = device
 
     @property
@@ -123,10 +124,11 @@ class Predictor(nn.Module):
     @torch.inference_mode()
     def forward(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
         """Return logits; with tta the mean of those of each image and of its mirror image."""
-        batch = self.device.normalised(torch.from_numpy(images)).to(self.device.precision)
-        logits = self.network(batch).float()
-        if tta:
-            logits = (logits + self.network(batch.flip(-1)).float().flip(-1)) / 2
+        batch = self.device.normalised(torch.from_numpy(images))
+        with self.device.autocast():
+            logits = self.network(batch).float()
+            if tta:
+                logits = (logits + self.network(batch.flip(-1)).float().flip(-1)) / 2
         return logits[:, 0].cpu().numpy()
 
 

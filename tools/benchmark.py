@@ -48,7 +48,7 @@ from machinery.files import find_pairs, written_whole
 from machinery.report import Report
 from machinery.sample_data import draw_dataset
 from machinery.settings import Parser, check_settings, parse_settings, settle
-from model import UNet, size_multiple
+from model import build_network, size_multiple
 from predict import full_size_dice
 from train import A  # albumentations, once train.py has prepared its import
 
@@ -76,9 +76,13 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def save_random_network(model: UNet, s: SimpleNamespace, checkpoint: Path) -> None:
+def network_config(s: SimpleNamespace) -> dict:
+    return {"features": s.features, "encoder": None, "tile": None}
+
+
+def save_random_network(config: dict, s: SimpleNamespace, checkpoint: Path) -> None:
     preprocessing = {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std}
-    state = {"model": model.config, "preprocessing": preprocessing, "state_dict": model.state_dict()}
+    state = {"model": config, "preprocessing": preprocessing, "state_dict": build_network(config).state_dict()}
     utils.save_checkpoint(state, checkpoint)
 
 
@@ -142,10 +146,10 @@ def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
 # train: the step
 
 
-def classic_network(s: SimpleNamespace) -> UNet:
+def classic_network(s: SimpleNamespace) -> nn.Module:
     """Return the same network with PyTorch's own initialisation, as a plain U-Net repository has it."""
     torch.manual_seed(s.seed)
-    model = UNet(3, 1, s.features)
+    model = build_network(network_config(s))
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.reset_parameters()
@@ -311,7 +315,7 @@ def benchmark_validate(s: SimpleNamespace) -> dict[str, float]:
         for data in sets:
             data.prepare(Path(folder, "cache"))
         checkpoint = Path(folder, "smallest.pth.tar")
-        save_random_network(UNet(features=(1,)), s, checkpoint)
+        save_random_network(network_config(s) | {"features": (1,)}, s, checkpoint)
         loader = utils.get_loaders(*sets, s.batch_size)[1]
         validate = partial(utils.check_accuracy, loader, network, device, train.image_losses)
         for number in range(ROUNDS):
@@ -404,7 +408,7 @@ def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
 def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path, device: torch.device) -> None:
     """Predict the plain way: one photo at a time, fp32, decoded in full, nearest neighbour, PNG as Pillow writes it."""
     state = utils.load_checkpoint(checkpoint)
-    model = UNet(**state["model"]).eval().to(device)
+    model = build_network(state["model"]).eval().to(device)
     model.load_state_dict(state["state_dict"])
     settings = state["preprocessing"]
     mean, std = np.float32(settings["mean"]), np.float32(settings["std"])
@@ -440,7 +444,7 @@ def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
     measured = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "network.pth.tar")
-        save_random_network(UNet(3, 1, settings.features), settings, checkpoint)
+        save_random_network(network_config(settings), settings, checkpoint)
         draw_dataset(Path(folder, "data"), train_cars=1, val_cars=1)
         photos = sorted(Path(folder, "data").glob("*_images/*.jpg"))
         for number in range(ROUNDS):
