@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from machinery import processes
-from machinery.decoding import VOID
+from machinery.decoding import VOID, Rule
 from machinery.errors import UserError
 from machinery.files import MASK_SUFFIX
 from machinery.samples import Samples
@@ -67,11 +67,13 @@ class CarvanaDataset(Samples, Dataset):
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         return image, mask
 
-    def prepare(self, *arguments: object) -> None:
+    def prepare(
+        self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
+    ) -> None:
         """Check the augmentation, which is quick, and decode the pairs as Samples does."""
         if self.augmentation is not None:
             check_transforms(self.augmentation, self.window)
-        super().prepare(*arguments)
+        super().prepare(cache_dir, rule, foreground_values)
 
     @property
     def window(self) -> tuple[int, int]:
@@ -134,8 +136,11 @@ class CropDataset(CarvanaDataset):
         height, width = self.crop
         return height + 2 * self.margin, width + 2 * self.margin
 
-    def prepare(self, *arguments: object) -> None:
-        super().prepare(*arguments)
+    def prepare(
+        self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
+    ) -> None:
+        """Prepare the photos, and check that crops are no larger than all of them."""
+        super().prepare(cache_dir, rule, foreground_values)
         height, width = np.max([self.size_of(photo) for photo in range(len(self.pairs))], 0)
         if self.crop[0] > max(height, SMALL) or self.crop[1] > max(width, SMALL):
             raise UserError(

@@ -122,25 +122,28 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.weight)  # so that training starts from the bias, not from noise
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tile and not self.training:
+        height, width = x.shape[-2:]
+        is_large = self.tile and (height > self.tile[0] or width > self.tile[1])
+        if is_large and not self.training:
             return slide(self.forward_whole, x, self.tile, self.multiple)
         return self.forward_whole(x)
 
     def forward_whole(self, x: Tensor) -> Tensor:
         """Return the logits of images that the network sees as a whole."""
         height, width = x.shape[-2:]
-        if height % self.multiple or width % self.multiple:  # every stage is to halve without a remainder
-            x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        beyond = round_up(height, self.multiple) - height, round_up(width, self.multiple) - width
+        if any(beyond):  # every stage is to halve without a remainder
+            x = F.pad(x, (0, beyond[1], 0, beyond[0]), mode="replicate")
 
         *skips, x = self.recomputed(self.encoder, x) if self.encoder else self.encode(x)
         for up, up_conv in zip(self.ups, self.up_convs, strict=True):
-            x, skip = up(x), skips.pop()
+            x, skip = up(x), skips.pop()  # both (N, features, h, w)
             x = self.recomputed(up_conv, x if skip is None else torch.cat((skip, x), dim=1))
 
         return self.head(x)[..., :height, :width]
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Return the output of each stage, from full size down, and the bottleneck's."""
+        """Return each stage's output, (N, 64, H, W) to (N, 512, H / 8, W / 8), and the bottleneck's at H / 16."""
         outputs = []
         for down in self.downs:
             outputs.append(self.recomputed(down, x))
@@ -167,13 +170,17 @@ class UNet(nn.Module):
 def build_network(config: dict, checkpointing: bool = False) -> nn.Module:
     """Make the network that is trained, exported and predicted with. To use another one, return it here.
 
-    It takes images, float32 (N, 3, H, W), and returns logits, (N, 1, H, W). What else is asked of it is optional:
+    It takes images, float32 (N, 3, H, W), and returns logits, (N, 1, H, W). That is all that it must do. What it has of
+    these attributes is used:
 
-    - `head`, its last layer, and `encoder`, a part that is pretrained: Muon leaves both to Adam. Without a `head`, the
-      last convolution with one output channel gives the first prediction.
-    - `multiple`, to which it pads height and width, and `tile`, the (height, width) at which it sees larger images in
-      eval mode: predict.py --tile needs both.
-    - `fold_batch_norm()`, which predict.py calls once, in eval mode.
+    - `head`: its last layer. Without it, a convolution with one output channel counts as the last layer, whose bias
+      makes the first prediction, and which Muon leaves to Adam.
+    - `encoder`: a part that ENCODER names, with load_pretrained(file). Adam changes its weights little.
+    - `checkpointing`: whether it keeps few activations, as ACTIVATION_CHECKPOINTING asks.
+    - `tile`: the (height, width) of the tiles in which it sees larger images in eval mode, or None. CROP and
+      predict.py --tile set it. Without it, a network sees whole photos at once, and --tile is refused.
+    - `multiple`: to which it pads height and width; 1 where it is not there. A tile has at least four times as much.
+    - `fold_batch_norm()`: predict.py calls it once, in eval mode, and then has the weights in bf16 or fp16, too.
 
     Args:
         config: {"features": ..., "encoder": ..., "tile": ...}, UNet's arguments from train.py's constants. A checkpoint
@@ -194,21 +201,49 @@ class OnlyLogits(nn.Module):
         return self.network(x)["out"]
 
 
+def new_network(config: dict, checkpointing: bool, foreground: float) -> nn.Module:
+    """Return build_network's network for training: its logits are checked, and it first predicts this foreground.
+
+    `foreground` is a share of the pixels, 0 to 1. Raises UserError where a setting asks for what the network has not.
+    """
+    network = build_network(config, checkpointing)
+    if config["encoder"] and not hasattr(getattr(network, "encoder", None), "load_pretrained"):
+        raise UserError(f"ENCODER is {config['encoder']}, but the network of build_network has none: set it to None")
+    if checkpointing and not getattr(network, "checkpointing", False):
+        raise UserError("ACTIVATION_CHECKPOINTING is True, but the network of build_network has none: set it to False")
+    set_first_prediction(network, foreground)
+    network.register_forward_hook(check_logits)
+    return network
+
+
+def set_first_prediction(network: nn.Module, foreground: float) -> None:
+    """Make the first prediction about this share of foreground, 0 to 1, if the last layer has a bias."""
+    convolutions = nn.Conv2d | nn.ConvTranspose2d
+    part = network.head if isinstance(getattr(network, "head", None), nn.Module) else network
+    found = [layer for layer in part.modules() if isinstance(layer, convolutions) and layer.out_channels == 1]
+    if found and found[-1].bias is not None:
+        nn.init.constant_(found[-1].bias, math.log(foreground / (1 - foreground)))
+
+
+def check_logits(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
+    """Raise UserError unless a network returns logits (N, 1, H, W) for images (N, C, H, W): a forward hook."""
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the network gives a {type(logits).__name__}, not logits: let build_network (model.py) return these "
+            'alone, as OnlyLogits does with a dictionary\'s "out"'
+        )
+    (images,) = inputs
+    if logits.shape != (images.shape[0], 1, *images.shape[2:]):
+        given, image = (" x ".join(map(str, tensor.shape[1:])) for tensor in (logits, images))
+        raise UserError(
+            f"the network gives logits of {given} for images of {image}: they must have 1 channel and the images' size "
+            "(build_network in model.py)"
+        )
+
+
 def size_multiple(features: tuple[int, ...]) -> int:
     """Return the multiple to which a U-Net of these features pads height and width; each stage halves them."""
     return 2 ** len(features)
-
-
-def set_first_prediction(model: nn.Module, foreground: float) -> None:
-    """Make the first prediction this share of foreground, 0 to 1, by the bias of the last layer.
-
-    Raises UserError where there is no layer with one output channel.
-    """
-    found = [layer for layer in getattr(model, "head", model).modules() if getattr(layer, "out_channels", 0) == 1]
-    if not found:
-        raise UserError("the network of build_network has no convolution with 1 output channel: make its last one so")
-    if found[-1].bias is not None:
-        nn.init.constant_(found[-1].bias, math.log(foreground / (1 - foreground)))
 
 
 def update_batch_norm(loader: DataLoader, epoch: int, model: nn.Module, device: Device) -> None:
@@ -224,7 +259,7 @@ def update_batch_norm(loader: DataLoader, epoch: int, model: nn.Module, device: 
         update_bn((device.normalised(images) for images, _ in loader.epoch(epoch, start)), model)
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            for statistic in (layer.running_mean, layer.running_var):
+            for statistic in filter(torch.is_tensor, (layer.running_mean, layer.running_var)):
                 processes.all_reduce_sum(statistic).div_(processes.WORLD_SIZE)
 
 
@@ -235,6 +270,11 @@ def update_batch_norm(loader: DataLoader, epoch: int, model: nn.Module, device: 
 TILES = 4  # that the network sees at once
 
 
+def round_up(length: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is not below `length`."""
+    return math.ceil(length / multiple) * multiple
+
+
 def fades(length: int, tile: int, multiple: int) -> list[tuple[int, np.ndarray]]:
     """Return where tiles begin along a side of `length` pixels, and each pixel's weight in each, float32 (tile,).
 
@@ -242,8 +282,9 @@ def fades(length: int, tile: int, multiple: int) -> list[tuple[int, np.ndarray]]
     tile's edge knows too little of its surroundings, and counts for nothing. The weights of a pixel add up to 1. Tiles
     begin at multiples of `multiple`, as every stage of the network needs; the last one may end beyond the side.
     """
-    last = max(0, multiple * math.ceil((length - tile) / multiple))
-    starts = [*range(0, last, max(multiple, tile * 3 // 4 // multiple * multiple)), last]
+    last = round_up(max(0, length - tile), multiple)
+    distance = max(multiple, tile * 3 // 4 // multiple * multiple)
+    starts = [*range(0, last, distance), last]
     weights = np.zeros((len(starts), last + tile), np.float32)
     position = np.arange(0.5, tile, dtype=np.float32)
     for number, start in enumerate(starts):
@@ -260,18 +301,18 @@ def slide(network: Callable[[Tensor], Tensor], images: Tensor, tile: tuple[int, 
     `multiple` is that to which the network pads height and width. Beyond the image its last pixels are repeated.
     """
     height, width = images.shape[-2:]
-    tile = [
-        multiple * math.ceil(min(side, whole) / multiple) for side, whole in zip(tile, (height, width), strict=True)
-    ]
-    places = list(product(fades(height, tile[0], multiple), fades(width, tile[1], multiple)))
+    tile_height, tile_width = round_up(min(tile[0], height), multiple), round_up(min(tile[1], width), multiple)
+    places = list(product(fades(height, tile_height, multiple), fades(width, tile_width, multiple)))
     logits = images.new_zeros(len(images), 1, height, width, dtype=torch.float32)
     for first in range(0, len(places), TILES):
-        some = places[first : first + TILES]
-        parts = [images[..., top : top + tile[0], left : left + tile[1]] for (top, _), (left, _) in some]
-        beyond = [(0, tile[1] - part.shape[-1], 0, tile[0] - part.shape[-2]) for part in parts]
-        parts = torch.cat([F.pad(*both, mode="replicate") for both in zip(parts, beyond, strict=True)])
-        for ((top, rows), (left, columns)), part in zip(some, network(parts).split(len(images)), strict=True):
-            target = logits[..., top : top + tile[0], left : left + tile[1]]
-            fade = torch.from_numpy(np.outer(rows, columns)).to(part.device)
-            target += (part * fade)[..., : target.shape[-2], : target.shape[-1]]
+        some, parts = places[first : first + TILES], []
+        for (top, _), (left, _) in some:
+            part = images[..., top : top + tile_height, left : left + tile_width]
+            beyond = 0, tile_width - part.shape[-1], 0, tile_height - part.shape[-2]
+            parts.append(F.pad(part, beyond, mode="replicate"))
+        outputs = network(torch.cat(parts)).split(len(images))  # (N, 1, tile_height, tile_width) each
+        for ((top, rows), (left, columns)), output in zip(some, outputs, strict=True):
+            fade = torch.from_numpy(np.outer(rows, columns)).to(output.device)
+            target = logits[..., top : top + tile_height, left : left + tile_width]
+            target += (output * fade)[..., : target.shape[-2], : target.shape[-1]]
     return logits

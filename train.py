@@ -9,6 +9,7 @@ Open saved_images/index.html in a browser: it shows what the network has learned
 
 import math
 import os
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,16 +23,16 @@ import albumentations as A
 
 from dataset import CarvanaDataset, CropDataset
 from machinery import processes
-from machinery.checkpoints import Beginning, CheckpointWriter, State, begin, reserved
+from machinery.checkpoints import Beginning, CheckpointWriter, State, reserved
 from machinery.device import Device, choose_device, memory_errors, to_device
 from machinery.errors import run as run_script
 from machinery.muon import Muon, muon_groups
 from machinery.report import Report
 from machinery.runs import Run
 from machinery.settings import read_settings, settle
-from model import build_network, set_first_prediction, size_multiple, update_batch_norm
+from model import new_network, size_multiple, update_batch_norm
 from predict import full_size_dice
-from utils import check_accuracy, get_loaders, load_checkpoint, save_predictions_as_imgs
+from utils import check_accuracy, get_loaders, load_checkpoint, save_predictions_as_imgs, score_names
 
 # Your data.
 TRAIN_IMG_DIR = "data/train_images"
@@ -175,8 +176,7 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
     """
     torch.manual_seed(s.seed)
     config = {"features": s.features, "encoder": s.encoder, "tile": s.crop}
-    model = build_network(config, checkpointing=s.activation_checkpointing)
-    set_first_prediction(model, foreground)
+    model = new_network(config, s.activation_checkpointing, foreground)  # build_network makes it
     shape = (s.batch_size // s.accumulation, 3, s.image_height, s.image_width)
     model, forward = to_device(model, shape, device, s.compile, s.num_epochs * math.ceil(photos / s.batch_size))
 
@@ -191,13 +191,13 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
 def train(s: SimpleNamespace) -> None:
     """Train, validate and save, with the settings s: the constants by their lower-case names."""
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
-    beginning = begin(s, load_checkpoint)
+    beginning = Beginning.of(s, load_checkpoint)
 
     # 1. Data
     train_set, val_set = load_data(s, beginning)
     val_part, show_size = val_set.part_to_validate(s.crop)
     train_loader, val_loader = get_loaders(train_set, val_part, s.batch_size, s.num_workers, device, s.seed)
-    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)
+    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)  # prints them
 
     # 2. Network and optimizer
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set), beginning.is_pretrained)
@@ -211,8 +211,9 @@ def train(s: SimpleNamespace) -> None:
     # 3. Epochs
     run = Run(state, train_loader, writer, report, s.num_epochs, s.checkpoint_minutes)
     losses = partial(image_losses, dice_weight=s.dice_weight)
-    with run.until_stopped():
+    with closing(train_loader), closing(val_loader), run.until_stopped():
         print(f"Training on {device}, {s.batch_size} images a step.")
+        run.print_names(score_names())
         while len(state.history) < s.num_epochs:
             train_epoch(run, device, s)
             update_batch_norm(train_loader, len(state.history), state.model, device)

@@ -1,5 +1,7 @@
 """What training and prediction share: loaders, checkpoints, pixel accuracy / Dice / IoU, saved masks."""
 
+import atexit
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from dataset import Batches, CarvanaDataset
 from machinery import checkpoints, processes
+from machinery.decoding import VOID
 from machinery.device import Device, choose_num_workers
 from machinery.processes import progress
 from machinery.report import pooled, save_grid
@@ -22,9 +25,12 @@ from model import build_network
 
 
 class Loader(DataLoader):
-    """A DataLoader between whose batches a signal can stop the run; its workers leave signals to the run."""
+    """A DataLoader between whose batches a signal can stop the run. Its workers ignore signals: close() ends them."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.num_workers and not self._iterator:
+            at_exit = weakref.WeakMethod(self.close)
+            atexit.register(lambda: (close := at_exit()) and close())  # or Python would wait for its workers for ever
         with processes.signals_blocked() if self.num_workers else nullcontext():
             batches = super().__iter__()
         for batch in batches:
@@ -32,9 +38,24 @@ class Loader(DataLoader):
             yield batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch, from the image at position `start` on."""
+        """Yield the batches of an epoch, from the image at position `start` on.
+
+        What a network draws for a batch (dropout) depends on (seed, epoch, position), as augmentation does: a run that
+        continues draws the same.
+        """
         self.batch_sampler.set_epoch(epoch, start)
-        return iter(self)
+        for number, batch in enumerate(self):
+            position = start + number * self.batch_sampler.size
+            torch.manual_seed(hash((self.batch_sampler.seed, epoch, position, processes.RANK)))
+            yield batch
+
+    def close(self) -> None:
+        """End the workers, also where an error has left them in the middle of an epoch."""
+        batches, self._iterator = self._iterator, None
+        if batches:
+            batches._shutdown_workers()  # asks them to end, and waits for a few seconds
+            for worker in batches._workers:
+                worker.kill()
 
 
 def get_loaders(
@@ -107,6 +128,11 @@ def image_scores(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> dict[str, Te
         "dice": dice_scores(tp, fp, fn),
         "iou": iou_scores(tp, fp, fn),
     }
+
+
+def score_names() -> list[str]:
+    """Return the names of image_scores, in their order."""
+    return list(image_scores(*torch.zeros(4, 1)))
 
 
 def dice_scores(tp: Tensor, fp: Tensor, fn: Tensor) -> Tensor:
@@ -225,6 +251,10 @@ def warn_of_one_class(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> None:
 
 
 def save_predictions_as_imgs(predictions: np.ndarray, masks: np.ndarray, batch: int, folder: Path) -> None:
-    """Save a batch's predictions, bool (N, H, W), as pred_<batch>.png, and true masks, uint8, as <batch>.png."""
-    save_grid(predictions * np.uint8(255), folder / f"pred_{batch}.png")
-    save_grid(masks, folder / f"{batch}.png")
+    """Save a batch's predictions, bool (N, H, W), as pred_<batch>.png, and its true masks as <batch>.png.
+
+    True masks are uint8 (N, H, W) in {0, 1, VOID}; void (ignored) pixels become grey.
+    """
+    grey = np.where(masks == VOID, np.uint8(128), masks * np.uint8(255))
+    save_grid(predictions[..., None] * np.uint8(255), folder / f"pred_{batch}.png")
+    save_grid(grey[..., None], folder / f"{batch}.png")

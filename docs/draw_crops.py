@@ -1,7 +1,7 @@
-"""Draws the photos behind docs/crops.md, and docs/crops.jpg: faint lines 3 to 6 pixels wide.
+"""Draw the photos behind docs/crops.md, and docs/crops.jpg: faint lines 3 to 6 pixels wide.
 
-python docs/draw_crops.py lines                              # 48 photos of 1024 x 1024 for training, 24 for validation
-python docs/draw_crops.py lines whole crops                  # the picture, with the masks in these folders
+python docs/draw_crops.py lines                      # 48 photos of 1024 x 1024 for training, 24 for validation
+python docs/draw_crops.py lines whole crops          # the picture, with the masks in these folders
 """
 
 import sys

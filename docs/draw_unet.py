@@ -1,4 +1,4 @@
-"""Draws UNET_architecture.png from the network itself: python docs/draw_unet.py (from the repository's root)."""
+"""Draw UNET_architecture.png from the network itself: python docs/draw_unet.py (from the repository's root)."""
 
 import sys
 from pathlib import Path

@@ -3,10 +3,11 @@
 import os
 import pickle
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,11 @@ from tqdm import tqdm
 from machinery import processes
 from machinery.decoding import Rule, rule_from
 from machinery.errors import UserError
-from machinery.files import saving
+from machinery.files import is_locked, lock_of, remove_leftovers, saving
 from machinery.samples import Samples
 
 LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
+TAGS = ("", ".prev", "_best")  # in the names of a run's files: the newest state, the one before, the best weights
 FORMAT = 5  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,6 +41,17 @@ def save(state: dict, path: Path, previous: Path | None = None) -> None:
         torch.save(state, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of files in a folder outlive a power cut, on systems that can."""
+    with suppress(OSError):  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
@@ -58,8 +71,7 @@ def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
     try:
         checkpoint = _upgraded(checkpoint)
         is_newer = checkpoint["format"] > FORMAT
-        with torch.device("meta"):
-            wanted = build_network(checkpoint["model"]).state_dict()
+        wanted = _without_memory(build_network, checkpoint["model"]).state_dict()
         fits = {"height", "width", "mean", "std"} <= checkpoint["preprocessing"].keys() and {
             name: weight.shape for name, weight in checkpoint["state_dict"].items()
         } == {name: weight.shape for name, weight in wanted.items()}
@@ -68,8 +80,19 @@ def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
     if is_newer:
         raise UserError(f"{path} has format {checkpoint['format']}, newer than this train.py's: update the repository")
     if not fits:
-        raise UserError(f"{path} is not from this train.py: choose another, or train again")
+        raise UserError(
+            f"{path} is not from this train.py, or of another network than its build_network makes: choose another, or "
+            "train again"
+        )
     return checkpoint
+
+
+def _without_memory(build_network: Callable[[dict], nn.Module], config: dict) -> nn.Module:
+    """Return the network, on the meta device if it can be built there: some read their weights while they are built."""
+    with torch.device("meta"), warnings.catch_warnings(), suppress(Exception):  # of many kinds
+        warnings.simplefilter("ignore")  # that weights which it loads have no effect
+        return build_network(config)
+    return build_network(config)
 
 
 def _upgraded(checkpoint: dict) -> dict:
@@ -104,17 +127,23 @@ def sibling(path: Path, tag: str) -> Path:
 
 
 def set_aside(path: Path) -> None:
-    """Renames the checkpoints of an earlier run, so that a new one does not overwrite them, and prints a line."""
-    if not any(sibling(path, tag).exists() for tag in ("", ".prev", "_best")):
+    """Rename the checkpoints of an earlier run, so that a new one does not overwrite them, and print a line."""
+    if not any(sibling(path, tag).exists() for tag in TAGS):
         return
-    run = 1
-    while any(sibling(path, f"_{run}{tag}").exists() for tag in ("", ".prev", "_best")):
-        run += 1
-    kept = sibling(path, f"_{run}")
-    for tag in ("", ".prev", "_best"):
+    number = 1
+    while not is_free(sibling(path, f"_{number}")):
+        number += 1
+    kept = sibling(path, f"_{number}")
+    for tag in TAGS:
         if sibling(path, tag).exists():
             sibling(path, tag).replace(sibling(kept, tag))
     print(f"{path} of an earlier run is now {kept} (LOAD_MODEL = True would have continued it).")
+
+
+def is_free(path: Path) -> bool:
+    """Return whether there is no file of a run whose newest checkpoint is `path`, and no run that may write one."""
+    files = [sibling(path, tag) for tag in TAGS]
+    return not any(file.exists() or is_locked(lock_of(file)) for file in files)
 
 
 def restore_previous(path: Path) -> None:
@@ -156,8 +185,9 @@ class State:
     epoch: Epoch = field(default_factory=Epoch)  # the one under way
 
     def state_dict(self) -> dict:
+        losses = torch.stack(list(self.epoch.losses.values())).tolist() if self.epoch.losses else []  # waits once
         return vars(self.epoch) | {
-            "losses": {images: loss.item() for images, loss in self.epoch.losses.items()},
+            "losses": dict(zip(self.epoch.losses, losses, strict=True)),
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "optimizer_name": type(self.optimizer).__name__,
@@ -255,8 +285,22 @@ def _copy(value: object, copies: dict[int, Tensor]) -> object:
 class Beginning:
     """The checkpoint that a run continues, or with whose weights (START_FROM) it begins; None for both is anew."""
 
+    run: str  # processes.run_id()
     continued: dict | None
     started_from: dict | None
+
+    @classmethod
+    def of(cls, s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> "Beginning":
+        """Read what a run with the settings s begins with. Raises UserError if they do not allow it.
+
+        When torchrun starts the processes again because one has died, they continue what this run has saved.
+        """
+        # Of several machines' torchruns only the one whose process has died counts the restart
+        run, is_restart = processes.run_id(), processes.all_reduce_max(processes.RESTARTS) > 0
+        continued = processes.broadcast_object(_to_continue, s, load_checkpoint, run if is_restart else None)
+        if continued or not s.start_from:
+            return cls(run, continued, None)
+        return cls(run, None, processes.broadcast_object(_to_start_from, s, load_checkpoint))
 
     @property
     def rule(self) -> Rule | None:
@@ -275,8 +319,11 @@ class Beginning:
     def header(self, s: SimpleNamespace, config: dict, train_set: Samples, val_set: Samples) -> dict:
         """Return what each checkpoint of the run holds besides its state: enough to predict and to continue.
 
-        `config` is what build_network made the network of.
+        `config` is what build_network made the network of. Raises UserError where processes have different photos.
         """
+        data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
+        if len(set(map(str, processes.all_gather_object(data)))) > 1:
+            raise UserError("the machines have different photos or masks: give all of them the same, or a shared disk")
         settings = vars(s)
         if self.continued:  # it goes on as it began
             settings = settings | {"start_from": self.continued["settings"].get("start_from")}
@@ -288,7 +335,8 @@ class Beginning:
             "rule": asdict(train_set.rule),
             "photo_size": [int(np.median(train_set.infos[name])) for name in ("height", "width")],
             "settings": settings,
-            "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
+            "run": self.run,
+            "data": data,
         }
 
     def load_into(self, state: State, header: dict) -> None:
@@ -299,26 +347,19 @@ class Beginning:
             state.model.load_state_dict(self.started_from["state_dict"])
 
 
-def begin(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> Beginning:
-    """Read what a run with the settings s begins with. Raises UserError if they do not allow it.
-
-    When torchrun starts the processes again because one has died, they continue by themselves.
-    """
-    # Of several machines' torchruns only the one whose process has died counts the restart
-    is_restart = processes.all_reduce_max(processes.RESTARTS) > 0
-    continued = processes.broadcast_object(_to_continue, s, load_checkpoint, is_restart)
-    if continued or not s.start_from:
-        return Beginning(continued, None)
-    return Beginning(None, processes.broadcast_object(_to_start_from, s, load_checkpoint))
-
-
-def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], is_restart: bool) -> dict | None:
-    path = Path(s.checkpoint)
-    if is_restart or s.load_model:
+def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], restarted: str | None) -> dict | None:
+    """Return the checkpoint to continue: LOAD_MODEL's, or that of the run which was `restarted`, by its run_id."""
+    path, checkpoint = Path(s.checkpoint), None
+    if restarted or s.load_model:
         restore_previous(path)
-    if not (s.load_model or (is_restart and path.exists())):
+    if restarted and path.exists():
+        checkpoint = load_checkpoint(path)
+        if checkpoint.get("run") != restarted:  # it is an older run's: this one has died before its first checkpoint
+            checkpoint = None
+    if s.load_model and not checkpoint:
+        checkpoint = load_checkpoint(path)
+    if not checkpoint:
         return None
-    checkpoint = load_checkpoint(path)
     if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
         raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
     newer = {"encoder": None, "crop": None, "scale": 1.0, "dice_weight": 0.0}  # settings, which older checkpoints lack
@@ -378,9 +419,10 @@ def _to_start_from(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) 
 def reserved(s: SimpleNamespace) -> Iterator[None]:
     """Reserve CHECKPOINT and SAVED_IMAGES_DIR for this run. Raises UserError where another one uses them."""
     path = Path(s.checkpoint)
-    files = {"CHECKPOINT": path.with_name(f".{path.name}.lock"), "SAVED_IMAGES_DIR": Path(s.saved_images_dir, ".lock")}
+    files = [(lock_of(sibling(path, tag)), "CHECKPOINT") for tag in TAGS]
+    files.append((Path(s.saved_images_dir, ".lock"), "SAVED_IMAGES_DIR"))
     with ExitStack() as locks:
-        for setting, file in files.items() if processes.RANK == 0 else ():
+        for file, setting in files if processes.RANK == 0 else ():
             try:
                 try:
                     locks.enter_context(FileLock(file, timeout=0))
@@ -392,4 +434,8 @@ def reserved(s: SimpleNamespace) -> Iterator[None]:
                 raise UserError(f"{used} is in use by another run: wait for its end, or choose another") from error
             except (OSError, NotImplementedError):
                 tqdm.write(f"{file} cannot be locked on this disk: start no second run that writes there.")
+        if processes.RANK == 0:
+            for tag in TAGS:
+                remove_leftovers(path.parent, sibling(path, tag).name)
+            remove_leftovers(Path(s.saved_images_dir))
         yield

@@ -34,7 +34,6 @@ PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the colours of a
 DARK = 32  # of 255: below it a mask's values are labels, or in a JPEG noise
 VOID = 255  # in a decoded mask: nobody says what is there
 
-
 Size = tuple[int, int] | float | None  # to which photos are resized: (height, width), a share of their own, or not
 
 
@@ -91,7 +90,7 @@ class Rule:
         return cls(low, high, is_labels, has_void, brightest, chosen)
 
     def of_mask(self, values: np.ndarray, kind: str, is_listed: bool) -> np.ndarray:
-        """Values of a mask -> uint8 in {0, 1, VOID} of the same shape; `is_listed` says whether a Note lists them."""
+        """Turn values of a mask into uint8 in {0, 1, VOID}; `is_listed` says whether a Note lists them."""
         if not self._are_labels(kind, is_listed):
             return (values > self._threshold(kind)).astype(np.uint8)
         mask = (values != 0 if self.chosen is None else np.isin(values, self.chosen)).astype(np.uint8)
@@ -108,7 +107,7 @@ class Rule:
         return max(brightest // 2 if brightest > 2 else brightest / 2, DARK - 1 if kind == "jpeg" else 0)
 
     def meaning(self, note: Note) -> tuple:
-        """What it makes of a pair's files: where two rules give the same, they decode alike."""
+        """Return what it makes of a pair's files: where two rules give the same, they decode alike."""
         if note.values:
             mask = tuple(self.of_mask(np.array([value for value, _ in note.values]), note.kind, True).tolist())
         elif self._are_labels(note.kind, False):
@@ -119,7 +118,7 @@ class Rule:
 
 
 def holds_void(notes: list[Note]) -> bool:
-    """Whether 255 is void: at least half of the masks with 255 hold labels below 32, too, and no mask others.
+    """Return whether 255 is void: at least half of the masks with 255 hold labels below 32, too, and no mask others.
 
     Labels are more than a hundredth of what is 255: not a few stray pixels.
     """
@@ -132,7 +131,7 @@ def holds_void(notes: list[Note]) -> bool:
 
 
 def value_shares(notes: list[Note]) -> dict[float, float]:
-    """The mean share of each value that the notes list."""
+    """Return the mean share of each value that the notes list."""
     shares: dict[float, float] = {}
     for value, share in (pair for note in notes for pair in note.values or []):
         shares[value] = shares.get(value, 0) + share / len(notes)
@@ -140,7 +139,7 @@ def value_shares(notes: list[Note]) -> dict[float, float]:
 
 
 def rule_from(entries: dict | None) -> Rule | None:
-    """A Rule from its dictionary, asdict(rule), as caches and checkpoints hold it."""
+    """Return a Rule from its dictionary, asdict(rule), as caches and checkpoints hold it."""
     return entries and Rule(**entries | {"chosen": entries["chosen"] and tuple(entries["chosen"])})
 
 
@@ -150,7 +149,7 @@ def rule_from(entries: dict | None) -> Rule | None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """An image opened with Pillow. Pillow raises many kinds of errors on broken files: each becomes a UserError."""
+    """Open an image with Pillow. Pillow raises many kinds of errors on broken files: each becomes a UserError."""
     try:
         # As a file, not by its name: Pillow maps an uncompressed TIFF into memory by its turned size, so garbled
         with path.open("rb") as file, Image.open(file) as image:
@@ -164,7 +163,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _unknown_kind(path: Path) -> tuple[str, str]:
-    """Of a file that Pillow does not know: why, and what to do. Phones name HEIC .jpg, too."""
+    """Return why Pillow does not know a file, and what to do. Phones name HEIC .jpg, too."""
     with path.open("rb") as file:
         kind = file.read(12)[4:]
     if kind in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
@@ -175,38 +174,38 @@ def _unknown_kind(path: Path) -> tuple[str, str]:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's, from 1, which is upright, to 8; those from 5 swap height and width."""
+    """Return EXIF's orientation, from 1, which is upright, to 8; those from 5 on swap height and width."""
     orientation = image.getexif().get(0x0112, 1)
     return orientation if orientation in range(1, 9) else 1
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of an image that is not loaded yet, as its orientation will turn it."""
+    """Return the (height, width) of an image that is not loaded yet, as its orientation will turn it."""
     # Of a TIFF, Pillow's size is turned or not, by its version
     width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
     return (width, height) if orientation_of(image) >= 5 else (height, width)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image, upright, from its header. Raises UserError."""
+    """Return the (height, width) of an image, upright, from its header. Raises UserError."""
     with opened(path) as image:
         return upright_size(image)
 
 
 def resized(own_size: tuple[int, int], size: Size) -> tuple[int, int]:
-    """(height, width) of an image of `own_size` that is resized to `size`."""
+    """Return the (height, width) of an image of `own_size` that is resized to `size`."""
     if isinstance(size, float):
         return tuple(max(1, round(size * side)) for side in own_size)
     return tuple(size or own_size)
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether an image that Pillow has just opened, and not loaded, has more than 8 bits a channel."""
+    """Return whether an image that Pillow has just opened, and not loaded, has more than 8 bits a channel."""
     return image.mode[0] in "IF" or any(re.search(";16[BLNS]", str(tile[3])) for tile in image.tile)
 
 
 def _deep_values(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """A deep image's values of its own type, (H, W), or RGB (H, W, 3), and its opacity, float (H, W) from 0 to 1.
+    """Return a deep image's values of its own type, (H, W) or RGB (H, W, 3), and its opacity, float (H, W), 0 to 1.
 
     Raises ValueError for nan.
     """
@@ -231,13 +230,13 @@ def _deep_values(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray
 
 
 def _levels(values: np.ndarray) -> list[float]:
-    """A Note's levels, from at most 20,000 of a photo's values."""
+    """Return a Note's levels, from at most 20,000 of a photo's values."""
     places = np.linspace(0, values.size - 1, min(values.size, 20_000)).astype(np.int64)
     return np.quantile(values.reshape(-1)[places], np.linspace(0.001, 0.999, 33)).tolist()
 
 
 def upright(pixels: np.ndarray, image: Image.Image) -> Image.Image:
-    """An array uint8 as an image, turned as the orientation of the image says that it was decoded from."""
+    """Turn an array uint8 as the orientation says of the image that it was decoded from; return it as an image."""
     turned, orientation = Image.fromarray(pixels), orientation_of(image)
     if orientation != 1 and image.format != "TIFF":  # which Pillow and OpenCV have turned
         turned.getexif()[0x0112] = orientation
@@ -246,7 +245,7 @@ def upright(pixels: np.ndarray, image: Image.Image) -> Image.Image:
 
 
 def _in_eight_bits(image: Image.Image, path: Path, rule: Rule | None) -> tuple[Image.Image, list[float]]:
-    """A deep image scaled by the rule, or by its own range, and a Note's levels."""
+    """Return a deep image scaled by the rule, or by its own range, and a Note's levels."""
     values, opacity = _deep_values(image, path)
     levels = _levels(values)
     if rule is None or rule.low is None:
@@ -259,7 +258,7 @@ def _in_eight_bits(image: Image.Image, path: Path, rule: Rule | None) -> tuple[I
 
 
 def _opacity(image: Image.Image) -> Image.Image | None:
-    """A grey image, 255 where nothing is transparent; None for none, as for a channel that says 0 everywhere."""
+    """Return a grey image, 255 where nothing is transparent; None for none, as for a channel that is 0 everywhere."""
     if not image.has_transparency_data:
         return None
     opacity = (image if "A" in image.mode else image.convert("RGBA")).getchannel("A")
@@ -267,7 +266,7 @@ def _opacity(image: Image.Image) -> Image.Image | None:
 
 
 def read_opacity(path: Path) -> np.ndarray | None:
-    """The opacity of an image, upright uint8 (H, W), or None where nothing is transparent. Raises like read_image."""
+    """Return an image's opacity, upright uint8 (H, W), or None where nothing is transparent. Raises like read_image."""
     with opened(path) as image:
         if not image.has_transparency_data:
             return None
@@ -279,7 +278,7 @@ def read_opacity(path: Path) -> np.ndarray | None:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """The image with white where it is transparent, in a mode that resizing mixes: RGB, grey or CMYK."""
+    """Return the image with white where it is transparent, in a mode that resizing mixes: RGB, grey or CMYK."""
     mode = {"1": "L", "LA": "L"}.get(image.mode, image.mode if image.mode in ("L", "CMYK") else "RGB")
     opacity = _opacity(image)
     if image.has_transparency_data and image.mode not in ("RGBA", "LA"):
@@ -295,7 +294,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 @lru_cache
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """What turns colours of an ICC profile into sRGB's; None for sRGB's own, and for a profile of another mode."""
+    """Return what turns colours of an ICC profile into sRGB's; None for sRGB's own, and for one of another mode."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if PROFILE_MODES.get(source.profile.xcolor_space) != mode:
@@ -310,7 +309,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def read_image(path: Path, size: Size = None, rule: Rule | None = None) -> np.ndarray:
-    """Decodes an image of any kind to upright RGB, uint8 (H, W, 3), resized to `size` if that is given.
+    """Decode an image of any kind to upright RGB, uint8 (H, W, 3), resized to `size` if that is given.
 
     Transparent pixels are laid on white, unless all of them are transparent, and colours of an ICC profile become
     sRGB's. What has more than 8 bits a channel is scaled by the rule, or without one by its own range. A JPEG is
@@ -323,7 +322,7 @@ def read_image(path: Path, size: Size = None, rule: Rule | None = None) -> np.nd
 def decode_image(
     path: Path, size: Size, rule: Rule | None = None
 ) -> tuple[np.ndarray, tuple[int, int], list[float] | None, bool]:
-    """The image of read_image, its own (height, width), a Note's `levels`, and whether EXIF's orientation turned it."""
+    """Return read_image's image, its own (height, width), a Note's `levels`, and whether EXIF turned it."""
     with opened(path) as image:
         is_deep = _is_deep(image)  # first: reading a PNG's orientation loads it
         own_size, is_turned, levels = upright_size(image), orientation_of(image) > 1, None
@@ -333,7 +332,7 @@ def decode_image(
             image, levels = _in_eight_bits(image, path, rule)
         else:
             for scale in (8, 4, 2):
-                if all(-(-own // scale) >= wanted for own, wanted in zip(own_size, size, strict=True)):
+                if all(math.ceil(own / scale) >= wanted for own, wanted in zip(own_size, size, strict=True)):
                     less = [max(1, side // scale) for side in image.size]
                     image.draft(None, less)  # does nothing unless it is a JPEG
                     break
@@ -348,7 +347,7 @@ def decode_image(
 
 
 def read_mask(path: Path, size: Size = None, rule: Rule | None = None) -> np.ndarray:
-    """Decodes a mask of any kind to uint8 (H, W) in {0, 1}, resized to `size` if that is given.
+    """Decode a mask of any kind to uint8 (H, W) in {0, 1}, resized to `size` if that is given.
 
     Its values mean what the rule says, or without one what they would in a set of this mask alone. Transparent pixels
     count as black, void as background, any colour as 1, and those of a palette that begins with black as labels.
@@ -359,7 +358,7 @@ def read_mask(path: Path, size: Size = None, rule: Rule | None = None) -> np.nda
 
 
 def decode_mask(path: Path, size: Size, rule: Rule | None = None) -> tuple[np.ndarray, tuple[int, int], Note]:
-    """The mask of read_mask, uint8 (H, W) in {0, 1, VOID}, its own (height, width), and a Note of it."""
+    """Return read_mask's mask, but uint8 (H, W) in {0, 1, VOID}, its own (height, width), and a Note of it."""
     with opened(path) as image:
         is_deep, own_size = _is_deep(image), upright_size(image)
         coded = _deep_codes(*_deep_values(image, path)) if is_deep else _codes(image, _is_lossy(image, path))
@@ -375,7 +374,7 @@ def decode_mask(path: Path, size: Size, rule: Rule | None = None) -> tuple[np.nd
 
 
 def _is_lossy(image: Image.Image, path: Path) -> bool:
-    """Whether compression has changed the values: a JPEG, or a WebP or JPEG 2000 that is not of the lossless kind."""
+    """Return whether compression has changed the values: in a JPEG, or in a WebP or JPEG 2000 that is not lossless."""
     if image.format == "WEBP":
         return b"VP8L" not in path.read_bytes()
     if image.format == "JPEG2000":  # in its coding style, 1 is the reversible wavelet: ISO/IEC 15444-1, table A.20
@@ -389,7 +388,7 @@ Codes = tuple[np.ndarray, np.ndarray, np.ndarray, str]
 
 
 def _deep_codes(values: np.ndarray, opacity: np.ndarray | None) -> Codes:
-    """A mask with more than 8 bits a channel."""
+    """Return the codes of a mask with more than 8 bits a channel."""
     if values.ndim == 3:
         values = values.max(2)
     if opacity is not None:
@@ -401,7 +400,7 @@ def _deep_codes(values: np.ndarray, opacity: np.ndarray | None) -> Codes:
 
 
 def _codes(image: Image.Image, is_lossy: bool) -> Codes:
-    """A mask of at most 8 bits a channel."""
+    """Return the codes of a mask with at most 8 bits a channel."""
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     kind, values = "jpeg" if is_lossy else "uint8", np.arange(256)
@@ -427,7 +426,7 @@ def _codes(image: Image.Image, is_lossy: bool) -> Codes:
 
 
 def _histogram(codes: np.ndarray) -> np.ndarray:
-    """How often each of 256 codes, uint8 (H, W), occurs. Most masks hold two: a histogram takes 5 ms, this one 1."""
+    """Count how often each of 256 codes, uint8 (H, W), occurs. Most masks hold two: in 1 ms instead of 5."""
     largest, others = int(codes.max()), cv2.countNonZero(codes)
     if others == 0 or others == np.count_nonzero(codes == largest):
         return np.bincount((0, largest), (codes.size - others, others), 256)
@@ -435,14 +434,14 @@ def _histogram(codes: np.ndarray) -> np.ndarray:
 
 
 def _note(values: np.ndarray, counts: np.ndarray, kind: str) -> Note:
-    """A Note of a mask that holds these values so often."""
+    """Return a Note of a mask that holds these values so often."""
     is_listed = len(values) <= 32 and kind != "jpeg" and (values == np.round(values)).all()
     shares = [[float(value), float(share)] for value, share in zip(values, counts / counts.sum(), strict=True)]
     return Note(None, kind, shares if is_listed else None, float(values.max()))
 
 
 def _resize_mask(mask: np.ndarray, size: tuple[int, int], may_have_void: bool) -> np.ndarray:
-    """Resizes a mask in {0, 1, VOID}: void where most of the area is, else foreground by the share of what is known."""
+    """Resize a mask in {0, 1, VOID}: void where most of the area is, else foreground by the share of what is known."""
     if mask.shape == size:
         return mask.copy()  # which can be written to, unlike what Pillow gives
     if not may_have_void or not (is_void := mask == VOID).any():
@@ -454,7 +453,7 @@ def _resize_mask(mask: np.ndarray, size: tuple[int, int], may_have_void: bool) -
 
 
 def resize(image: Image.Image, size: Size) -> Image.Image:
-    """Resizes to `size`: the mean over each new pixel's area, or linear interpolation where it is enlarged."""
+    """Resize to `size`: the mean over each new pixel's area, or linear interpolation where it is enlarged."""
     size = resized(image.size[::-1], size)
     if image.size == size[::-1]:
         return image
@@ -473,7 +472,7 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: Iterable[tuple]) -> Iterator[Future]:
-    """Calls function(*item) in the pool, `depth` calls ahead of the caller. Yields their results' futures, in order."""
+    """Call function(*item) in the pool, `depth` calls ahead of the caller. Yield their results' futures, in order."""
     items, running = iter(items), deque()
     while True:
         running.extend(pool.submit(function, *item) for item in islice(items, depth - len(running)))
@@ -483,16 +482,16 @@ def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: 
 
 
 def large_ones_wait(path: Path) -> AbstractContextManager:
-    """Lets one large photo at a time be worked on."""
+    """Let one large photo at a time be worked on."""
     return ONE_AT_A_TIME if math.prod(image_size(path)) > LARGE else nullcontext()
 
 
 def read_sample(
     image_path: Path, mask_path: Path, size: Size, rule: Rule | None = None
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int], Note]:
-    """Decodes a pair by a rule, or by what its files alone suggest.
+    """Decode a pair by a rule, or by what its files alone suggest.
 
-    Returns the image, uint8 (H, W, 3), and the mask, uint8 (H, W) in {0, 1, VOID}, both of `size`, the photo's own
+    Return the image, uint8 (H, W, 3), and the mask, uint8 (H, W) in {0, 1, VOID}, both of `size`, the photo's own
     (height, width), and a Note. Raises UserError if image and mask differ in size, or cannot be decoded.
     """
     image, own_size, levels, is_turned = decode_image(image_path, size, rule)

@@ -156,11 +156,12 @@ def should_compile(setting: str, device: Device, steps: int) -> bool:
 
 
 def to_device(model: nn.Module, shape: tuple, device: Device, setting: str, steps: int) -> tuple[nn.Module, Callable]:
-    """Move a network to the device; return it, and what a run of so many steps calls in its place.
+    """Move a network to the device, made fast by tune; return it, and what a run of so many steps calls in its place.
 
     That is compiled if COMPILE says so, and shares its gradients under torchrun, where BatchNorm on CUDA sees the whole
     batch. `shape` is that of all processes' images, (N, 3, H, W).
     """
+    tune(device)
     model.to(device.device, memory_format=device.memory_format)
     if processes.WORLD_SIZE > 1 and device.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

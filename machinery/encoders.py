@@ -70,6 +70,8 @@ def timm_with(name: str) -> ModuleType:
         import timm
     except ImportError as error:
         raise UserError(f"the encoder {name} needs the package timm: pip install timm") from error
+    except RuntimeError as error:  # from torchvision, which timm imports, and which was built for another torch
+        raise UserError(f"timm cannot be imported ({error}): pip install --upgrade timm torch torchvision") from error
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models()) or ["resnet34", "convnext_tiny"]
         raise UserError(f"timm {timm.__version__} has no encoder {name!r}: set ENCODER to {' or '.join(close)}")

@@ -1,15 +1,19 @@
-"""Names of files: which of them are photos and masks, and which mask belongs to which photo."""
+"""Files: which of them are photos and masks, which mask belongs to which photo, and writing that leaves none half."""
 
 import csv
 import errno
 import os
+import re
+import secrets
 import shlex
 import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from machinery.errors import UserError
 
@@ -20,7 +24,7 @@ MASK_SUFFIX = "_mask"  # the mask of xxx.jpg is xxx_mask.gif
 
 
 def find_pairs(image_dir: Path, mask_dir: Path, suffix: str = MASK_SUFFIX) -> list[tuple[Path, Path]]:
-    """Pairs every image with its mask, sorted by image name.
+    """Pair every image with its mask, sorted by image name.
 
     The mask of `xxx.jpg` is `xxx_mask.gif`, else `xxx_mask` with another ending of SUFFIXES, else `xxx` with any of
     them; `suffix` takes the place of `_mask`. Files with other endings and hidden files are left alone.
@@ -44,7 +48,7 @@ def find_pairs(image_dir: Path, mask_dir: Path, suffix: str = MASK_SUFFIX) -> li
 
 
 def other_suffix(stem: str, images: Iterable[str], masks: list[Path]) -> str | None:
-    """What to do where an image has no mask, but masks are there that are of no image; None without those."""
+    """Return what to do where an image has no mask, but masks are there that are of no image; None without those."""
     names = {stem_of(mask): mask.name for mask in masks}
     endings = [name.removeprefix(stem) for name in names if name.startswith(stem)]
     if not endings:
@@ -55,7 +59,7 @@ def other_suffix(stem: str, images: Iterable[str], masks: list[Path]) -> str | N
 
 
 def find_masks(stems: Iterable[str], mask_dir: Path, suffix: str = MASK_SUFFIX) -> tuple[dict[str, Path], list[Path]]:
-    """The mask of each image stem that has one, by find_pairs' rule, and the masks that are of no stem, sorted."""
+    """Return the mask of each image stem that has one, by find_pairs' rule, and the masks of no stem, sorted."""
     masks, suffix = _list_by_stem(mask_dir), nfc(suffix)
     found, unused = {}, {mask for candidates in masks.values() for mask in candidates}
     for stem in stems:
@@ -66,13 +70,15 @@ def find_masks(stems: Iterable[str], mask_dir: Path, suffix: str = MASK_SUFFIX) 
 
 
 def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
-    """The folder's images by stem, those of one stem in the order of SUFFIXES."""
+    """Return the folder's images by stem, those of one stem in the order of SUFFIXES."""
     found: dict[str, list[Path]] = {}
     files = files_in(folder)
     for path in filter(is_image, files):
         found.setdefault(stem_of(path), []).append(path)
     if not found:
-        only = f", but {files[0].name}{', a folder, which is not searched' * files[0].is_dir()}" if files else ""
+        only = f", but {files[0].name}" if files else ""
+        if files and files[0].is_dir():
+            only += ", a folder, which is not searched"
         endings = ", ".join(SUFFIXES)
         raise UserError(f"{folder} has no photos or masks ({endings}){only}: add them, or correct the setting")
     for paths in found.values():
@@ -81,7 +87,7 @@ def _list_by_stem(folder: Path) -> dict[str, list[Path]]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """What is in a folder and not hidden, sorted by name. Raises UserError if it cannot be read."""
+    """List what is in a folder and not hidden, sorted by name. Raises UserError if it cannot be read."""
     try:
         return sorted(Path(folder, entry.name) for entry in os.scandir(folder) if not entry.name.startswith("."))
     except OSError as error:
@@ -91,32 +97,33 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's ending is one of SUFFIXES."""
+    """Return whether a file's ending is one of SUFFIXES."""
     return path.suffix.lower() in SUFFIXES
 
 
 def passed_over(paths: Iterable[Path], where: str | Path) -> list[str]:
-    """A line about those of these paths that are read as neither photo nor mask, if there are any."""
+    """Return a line about those of these paths that are read as neither photo nor mask, if there are any."""
     others = [path.name for path in paths if not is_image(path)]
     return [f"passed over in {where}, no photos by their endings: {len(others)}, such as {others[0]}"] if others else []
 
 
 def stem_of(path: Path) -> str:
-    """The name without its ending, in NFC."""
+    """Return a file's name without its ending, in NFC."""
     return nfc(path.stem)
 
 
 def nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # macOS writes names as NFD
+    """Return a name in Unicode's composed form; macOS writes names decomposed."""
+    return unicodedata.normalize("NFC", name)
 
 
 def key_of(name: str) -> str:
-    """What names have in common that some disks take for one: A.jpg and a.jpg."""
+    """Return what names have in common that some disks take for one: A.jpg and a.jpg."""
     return nfc(name).casefold()
 
 
 def free_name(stem: str, taken: set[str]) -> str:
-    """The stem, with a number if it is taken, which it then is."""
+    """Return the stem, with a number appended if it is taken, and mark it as taken."""
     name, number = stem, 1
     while key_of(name) in taken:
         number += 1
@@ -131,14 +138,12 @@ def free_name(stem: str, taken: set[str]) -> str:
 
 @contextmanager
 def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Yields a temporary path that takes the place of `path` when the block has ended well: no file is half written.
+    """Yield a temporary path that takes the place of `path` when the block has ended well: no file is half written.
 
-    The file that was there is kept as `previous`, if that is given.
+    The file that was there is kept as `previous`, if that is given. The temporary name is nobody else's.
     """
-    name = f"{path.name}.tmp"
-    if len(os.fsencode(name)) > 255:  # which is the longest that most disks allow
-        name = f"{path.name[:-4]}.tmp"
-    temporary = path.with_name(name)
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")  # disks allow 255 bytes
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         if previous and path.exists():
@@ -148,21 +153,46 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def copy(file: Path, target: Path) -> None:
+def remove_leftovers(folder: Path, start: str = "") -> None:
+    """Remove what killed runs have left of files whose names begin with `start`. Nobody may be writing them now."""
+    for path in folder.glob("*.tmp"):
+        if re.fullmatch(rf"\.{re.escape(start[:40])}.*\.[0-9a-f]{{16}}\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def lock_of(path: Path) -> Path:
+    """Return the file whose lock a process holds while it may write `path`."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def is_locked(file: Path) -> bool:
+    """Return whether another process holds a lock."""
+    try:
+        with FileLock(file, timeout=0) if file.exists() else nullcontext():
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a disk without locks
+        return False
+
+
+def copy_file(file: Path, target: Path) -> None:
+    """Copy a file, so that the copy appears when it is complete."""
     with written_whole(target) as temporary:
         shutil.copyfile(file, temporary)
 
 
 def link_or_copy(file: Path, target: Path) -> None:
+    """Link a file to `target`, which takes no space, or copy it where the disk knows no hard links."""
     try:
         os.link(file, target)
-    except OSError:  # another disk, or one that knows no hard links
-        copy(file, target)
+    except OSError:  # another disk, too
+        copy_file(file, target)
 
 
 @contextmanager
 def saving(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """written_whole that raises UserError where `path` cannot be written."""
+    """Do as written_whole, and raise UserError where `path` cannot be written."""
     try:
         with written_whole(path, previous) as temporary:
             yield temporary
@@ -174,7 +204,7 @@ def saving(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 
 def save_metrics(rows: list[dict], path: Path) -> None:
-    """Writes metrics.csv, a row for each epoch, or scores.csv, a row for each photo. Rows may lack newer columns."""
+    """Write metrics.csv, a row for each epoch, or scores.csv, a row for each photo. Rows may lack newer columns."""
     table = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # a name may be no text
     with saving(path) as temporary, temporary.open("w", **table) as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
@@ -183,7 +213,7 @@ def save_metrics(rows: list[dict], path: Path) -> None:
 
 
 def check_writable(folder: Path, setting: str) -> None:
-    """Creates the folder that a setting names. Raises UserError where no file can be written into it."""
+    """Create the folder that a setting names. Raises UserError where no file can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -15,20 +15,24 @@ ROWS = 64  # at most, of a block that is orthogonalized by itself: as good as 12
 
 
 def muon_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
-    """Muon for all convolutions but the head; Adam, with a tenth of the rate, for head, BatchNorm and biases.
+    """Return groups of weights: Muon for convolutions, Adam with a tenth of the rate for the last layer and the rest.
 
     A pretrained encoder is a group of its own, Adam with 0.004 of the rate, which changes its weights little: on 50
     photos Dice was 0.881, with 0.01 of the rate 0.874, and with 0.03 0.815.
 
     Args:
-        model: a network whose last layer is `head`, and whose pretrained part, if it has one, is `encoder`.
+        model: any network. Its `encoder` counts as pretrained if it has load_pretrained(). Its last layer is `head`;
+            without that, a convolution with one output channel, as the last layer of a binary mask is.
         lr: how far a step moves a kernel, by the singular values of its blocks.
         weight_decay: a step shrinks the kernels by lr * weight_decay, and nothing else.
     """
+    encoder, head = getattr(model, "encoder", None), getattr(model, "head", None)
+    pretrained = set(encoder.parameters()) if hasattr(encoder, "load_pretrained") else set()
+    kernels = {layer.weight for layer in model.modules() if mixes_channels(layer)}
+    kernels -= set(head.parameters()) if isinstance(head, nn.Module) else set()
     parts: dict[str, list[Tensor]] = {"kernels": [], "others": [], "encoder": []}
-    for name, weight in model.named_parameters():
-        is_kernel = weight.ndim == 4 and not name.startswith("head")
-        part = "encoder" if name.startswith("encoder") else "kernels" if is_kernel else "others"
+    for weight in model.parameters():
+        part = "encoder" if weight in pretrained else "kernels" if weight in kernels else "others"
         parts[part].append(weight)
     groups = [
         {"params": parts["kernels"], "update": "muon", "lr": lr, "weight_decay": weight_decay},
@@ -36,6 +40,16 @@ def muon_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
         {"params": parts["encoder"], "update": "adam", "lr": 0.004 * lr},
     ]
     return [group for group in groups if group["params"]]
+
+
+def mixes_channels(layer: nn.Module) -> bool:
+    """Return whether a layer is a 2D convolution that makes several channels, each of all input channels.
+
+    Only there does a block of Muon's hold rows that see the same input. In a depthwise kernel (C, 1, 3, 3) 64 rows of 9
+    columns would be made orthogonal that have nothing to do with each other, and the more channels, the longer a step.
+    """
+    is_convolution = isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    return is_convolution and layer.groups == 1 and layer.out_channels > 1
 
 
 class Muon(torch.optim.Optimizer):
@@ -47,16 +61,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]  # the others are frozen
+            if not weights:
+                continue
             if group["update"] == "muon":
-                with float32_products(group["params"][0].device.type):
-                    muon_(group["params"], self.state, group["lr"], group["weight_decay"])
+                with float32_products(weights[0].device.type):
+                    muon_(weights, self.state, group["lr"], group["weight_decay"])
             else:
-                adam_(group["params"], self.state, group["lr"])
+                adam_(weights, self.state, group["lr"])
 
 
 @contextmanager
 def float32_products(device_type: str) -> Iterator[None]:
-    """Computes products of float32 matrices in float32, whatever the process has switched on.
+    """Compute products of float32 matrices in float32, whatever the process has switched on.
 
     Rounded to bf16, as set_float32_matmul_precision("medium") allows a CPU with AMX, a Gram matrix gets negative
     eigenvalues, on which newton_schulz diverges: Dice after the quick start was 0.944 instead of 0.981. Rounded to
@@ -75,7 +92,7 @@ def float32_products(device_type: str) -> Iterator[None]:
 
 
 def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_decay: float) -> None:
-    """A step of kernels (out, in, h, w), or (in, out, h, w) of up-convolutions, with Nesterov's momentum of 0.9.
+    """Take a step with kernels (out, in, h, w), or (in, out, h, w) of up-convolutions, with Nesterov's momentum of 0.9.
 
     The gradients become the momentum's. Blocks of one height are orthogonalized together.
     """
@@ -98,14 +115,14 @@ def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_d
 
 
 def blocks(tensor: Tensor, kernel: Tensor, rows: int) -> Tensor:
-    """(N * rows, in, h, w) as (N, rows, columns), with the columns in the order in which the kernel's lie in memory."""
+    """Return (N * rows, in, h, w) as (N, rows, columns), in whose rows the numbers lie as the kernel's do in memory."""
     if not kernel.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)  # channels_last
     return tensor.reshape(-1, rows, tensor[0].numel())
 
 
 def newton_schulz(gram: Tensor) -> Tensor:
-    """X X^T (N, rows, rows) -> a factor of the same shape: factor @ X has X's directions, all of a length of about 1.
+    """Turn X X^T (N, rows, rows) into a factor of that shape: factor @ X has X's directions, all of length about 1.
 
     Five rounds of Newton and Schulz's iteration with Jordan's coefficients turn X's singular values into 0.65 to 1.25,
     those below 0.002 of its norm into less. The products must be float32's.
@@ -122,7 +139,7 @@ def newton_schulz(gram: Tensor) -> Tensor:
 
 
 def adam_(weights: list[Tensor], states: dict[Tensor, dict], lr: float) -> None:
-    """A step of Adam, in place, with its usual betas, for all weights at once: a GPU would wait for single ones."""
+    """Take a step of Adam, in place, with its usual betas, of all weights at once: a GPU would wait for single ones."""
     for weight in weights:
         if not states[weight]:
             states[weight] |= {"step": 0, "mean": torch.zeros_like(weight), "square": torch.zeros_like(weight)}

@@ -1,7 +1,4 @@
-"""Kaggle's submission file, and the run lengths in it.
-
-https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
-"""
+"""What predict.py writes: pictures, tables, and outlines for LabelMe."""
 
 import argparse
 import csv
@@ -10,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,126 +24,7 @@ from machinery.errors import UserError
 from machinery.files import check_writable, saving
 from machinery.shapes import outlines
 
-
-class Submission:
-    """Kaggle's file, a row for each photo. Rows gather beside it until all are there, so that a stopped run continues.
-
-    Every process of every run adds to a file of its own, <path>.<key>-<random>.part. The key stands for what decides
-    the masks: rows of another network or threshold are not taken over.
-    """
-
-    def __init__(self, path: Path, photos: list[Path], key: str) -> None:
-        self.path, self.names = path, {photo.name for photo in photos}
-        if len(self.names) < len(photos):
-            raise UserError(f"{path} names photos by file name: give each name once")
-        check_writable(path.parent, "--submission")
-        check_table(path, "img,rle_mask")
-        self.prefix = f"{path.name}.{key}-2-"  # 2 is the format of the rows
-        self.done = {name for name, _ in self.rows()}
-        self.part = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            "w", encoding="utf-8", dir=path.parent, prefix=self.prefix, suffix=".part", delete=False
-        )
-
-    def parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{glob.escape(self.prefix)}*.part"))
-
-    def rows(self) -> Iterator[tuple[str, str]]:
-        """(photo's name, runs) of every line that is whole, as that is not at which a process was killed."""
-        for part in self.parts():
-            with part.open(encoding="utf-8") as file:
-                for line in file:
-                    with suppress(ValueError):
-                        name, runs = json.loads(line)
-                        yield name, runs
-
-    def add(self, photo: Path, runs: str) -> None:
-        self.part.write(json.dumps((photo.name, runs)) + "\n")  # a name may hold commas, line ends, or be no text
-
-    def write(self, is_complete: bool) -> None:
-        """Writes the file of all rows that are there; until it is complete, the same command adds what is missing."""
-        opener = gzip.open if self.path.suffix == ".gz" else open
-        text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-        with saving(self.path) as temporary, opener(temporary, "wt", **text) as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("img", "rle_mask"))
-            missing = set(self.names)
-            for name, runs in self.rows():
-                if name in missing:  # once, should two runs have added it
-                    missing.remove(name)
-                    table.writerow((name, runs))
-        for part in self.parts() if is_complete else ():
-            part.unlink()
-
-
-def check_table(path: Path, columns: str) -> None:
-    """Raises UserError where a file with other columns is in the way: it is not ours to overwrite."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            if file.readline().strip() == columns:
-                return
-    except FileNotFoundError:
-        return
-    except (OSError, EOFError, ValueError, zlib.error):  # a folder, or no text
-        pass
-    raise UserError(f"{path} was not written by predict.py: move it away, or choose another name")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
 TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
-# Every PNG says that it is ours, so that none is taken for a photo, and no other file is overwritten.
-SOFTWARE = "predict.py (U-Net for Carvana)"
-
-
-def soft_edge(probabilities: np.ndarray, threshold: float) -> np.ndarray:
-    """Opacity uint8 (H, W), which falls from 255 to 0 within 3 pixels around the contour of the threshold.
-
-    (probability - threshold) / |gradient| is the distance to the contour to first order. The probabilities themselves
-    fall slowly where photo or network show no clear edge, which would look like a halo.
-    """
-    alpha = np.empty(probabilities.shape, np.uint8)
-    for rows, inner, kept in bands(len(alpha), 1):
-        band = probabilities[rows]
-        gradient = cv2.magnitude(cv2.Sobel(band, -1, 1, 0, scale=1 / 8), cv2.Sobel(band, -1, 0, 1, scale=1 / 8))
-        alpha[kept] = np.clip(255 * ((band - threshold) / (3 * gradient + 1e-3) + 0.5), 0, 255)[inner]
-    return alpha
-
-
-def clean_edge(photo: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The photo, uint8 (H, W, 3), with colours from the inside along the edge, where background has mixed in.
-
-    A colour within 3 pixels of the edge becomes the mean of those further inside, in 13 x 13 pixels. Where there are
-    none, as in things up to 6 pixels thin, it stays as it is.
-    """
-    clean = np.empty_like(photo)
-    for rows, inner, kept in bands(len(photo), 8):
-        inside = cv2.erode(alpha[rows], np.ones((5, 5), np.uint8)) == 255
-        share = cv2.blur(inside.astype(np.float32), (13, 13))[..., None]
-        total = cv2.blur(photo[rows] * inside[..., None].astype(np.float32), (13, 13))
-        is_own = inside[..., None] | (share < 1 / 200)  # one pixel of 13 x 13 is 1 / 169
-        clean[kept] = np.where(is_own, photo[rows], total / np.maximum(share, 1e-3) + 0.5)[inner]
-    return clean
-
-
-def bands(height: int, margin: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Portions of 512 rows, because floats of a whole large photo take too much memory.
-
-    Yields the rows with a margin, those without it among them, and those without it in the whole.
-    """
-    for top in range(0, height, 512):
-        start = max(0, top - margin)
-        yield slice(start, top + 512 + margin), slice(top - start, top - start + 512), slice(top, top + 512)
-
-
-def draw_overlay(photo: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """The photo, uint8 (H, W, 3), with the foreground of a mask, uint8 (H, W) in {0, 255}, tinted and outlined."""
-    picture, thickness = Image.fromarray(photo), 1 + 2 * (max(mask.shape) // 1000)
-    picture.paste(TINT, mask=Image.fromarray(mask // 3))
-    outline = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((thickness + 2, thickness + 2), np.uint8))
-    picture.paste(OUTLINE, mask=Image.fromarray(outline))
-    return picture
 
 
 class Prediction:
@@ -158,7 +37,16 @@ class Prediction:
         self.path, self.photo, self.probabilities, self.args = path, photo, probabilities, args
         self.mask = (probabilities > args.threshold) * np.uint8(255)  # (H, W) in {0, 255}
 
+    def overlay(self) -> Image.Image:
+        """Return the photo with the foreground of its mask tinted and outlined."""
+        picture, thickness = Image.fromarray(self.photo), 1 + 2 * (max(self.mask.shape) // 1000)
+        picture.paste(TINT, mask=Image.fromarray(self.mask // 3))
+        outline = cv2.morphologyEx(self.mask, cv2.MORPH_GRADIENT, np.ones((thickness + 2, thickness + 2), np.uint8))
+        picture.paste(OUTLINE, mask=Image.fromarray(outline))
+        return picture
+
     def sixteen_bits(self) -> Image.Image:
+        """Return the probabilities, of which 65535 is 1."""
         picture = np.empty(self.probabilities.shape, np.uint16)
         for rows, _, _ in bands(len(picture), 0):
             picture[rows] = (self.probabilities[rows] * 65535).round()
@@ -178,7 +66,7 @@ class Prediction:
         return Image.fromarray(clean_edge(self.photo, np.asarray(self.alpha)))
 
     def on_background(self) -> Image.Image:
-        """The object on a colour, or on a picture, which covers the photo's size and is cropped to it."""
+        """Return the object on a colour, or on a picture, which covers the photo's size and is cropped to it."""
         background, size = self.args.background, self.alpha.size
         is_colour = isinstance(background, tuple)
         canvas = Image.new("RGB", size, background) if is_colour else ImageOps.fit(background, size)
@@ -186,21 +74,26 @@ class Prediction:
         return canvas
 
     def cutout(self) -> Image.Image:
+        """Return the object on transparency."""
         return Image.merge("RGBA", (*self.object.split(), self.alpha))
 
 
 # <name>_<kind>.png: what draws it, in this order, and its flag's help. A new output is an entry here.
 OUTPUTS: dict[str, tuple[Callable[[Prediction], Image.Image], str]] = {
     "mask": (lambda p: Image.fromarray(p.mask), "255 on the object, else 0; the default without --submission"),
-    "overlay": (lambda p: draw_overlay(p.photo, p.mask), "the photo with the mask tinted and outlined"),
+    "overlay": (Prediction.overlay, "the photo with the mask tinted and outlined"),
     "probabilities": (Prediction.sixteen_bits, "16 bit, 65535 is 1"),
     "background": (Prediction.on_background, "the object on white, #rrggbb or image.jpg"),
     "cutout": (Prediction.cutout, "the object on transparency"),
 }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
 def load_background(text: str) -> tuple[int, ...] | Image.Image:
-    """A colour by name or #rrggbb, or else a picture."""
+    """Return a colour by name or #rrggbb, or else the picture in a file. Raises UserError for anything else."""
     try:
         return ImageColor.getcolor(text, "RGB")
     except ValueError as error:
@@ -209,8 +102,55 @@ def load_background(text: str) -> tuple[int, ...] | Image.Image:
         raise UserError(f"--background {text}: give a colour (white, #rrggbb), or the path of a picture") from error
 
 
+def soft_edge(probabilities: np.ndarray, threshold: float) -> np.ndarray:
+    """Return opacity, uint8 (H, W), which falls from 255 to 0 within 3 pixels around the contour of the threshold.
+
+    (probability - threshold) / |gradient| is the distance to the contour to first order. The probabilities, float32
+    (H, W), fall slowly themselves where photo or network show no clear edge, which would look like a halo.
+    """
+    alpha = np.empty(probabilities.shape, np.uint8)
+    for rows, inner, kept in bands(len(alpha), 1):
+        band = probabilities[rows]
+        gradient = cv2.magnitude(cv2.Sobel(band, -1, 1, 0, scale=1 / 8), cv2.Sobel(band, -1, 0, 1, scale=1 / 8))
+        alpha[kept] = np.clip(255 * ((band - threshold) / (3 * gradient + 1e-3) + 0.5), 0, 255)[inner]
+    return alpha
+
+
+def clean_edge(photo: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Return a photo, uint8 (H, W, 3), with colours from the inside along the edge, where background has mixed in.
+
+    A colour within 3 pixels of the edge becomes the mean of those further inside, in 13 x 13 pixels. Where there are
+    none, as in things up to 6 pixels thin, it stays as it is. `alpha` is the object's opacity, uint8 (H, W).
+    """
+    clean = np.empty_like(photo)
+    for rows, inner, kept in bands(len(photo), 8):
+        inside = cv2.erode(alpha[rows], np.ones((5, 5), np.uint8)) == 255
+        share = cv2.blur(inside.astype(np.float32), (13, 13))[..., None]
+        total = cv2.blur(photo[rows] * inside[..., None].astype(np.float32), (13, 13))
+        is_own = inside[..., None] | (share < 1 / 200)  # one pixel of 13 x 13 is 1 / 169
+        clean[kept] = np.where(is_own, photo[rows], total / np.maximum(share, 1e-3) + 0.5)[inner]
+    return clean
+
+
+def bands(height: int, margin: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield portions of 512 rows, because floats of a whole large photo take too much memory.
+
+    Each is the rows with a margin, those without it among them, and those without it in the whole.
+    """
+    for top in range(0, height, 512):
+        start = max(0, top - margin)
+        yield slice(start, top + 512 + margin), slice(top - start, top - start + 512), slice(top, top + 512)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PNG files
+
+# Every PNG says that it is ours, so that none is taken for a photo, and no other file is overwritten.
+SOFTWARE = "predict.py (U-Net for Carvana)"
+
+
 def write_png(path: Path, picture: Image.Image) -> None:
-    """Raises UserError where there is a file that is not ours, and where none can be written."""
+    """Write a picture. Raises UserError where there is a file that is not ours, and where none can be written."""
     text = PngImagePlugin.PngInfo()
     text.add_text("Software", SOFTWARE)
     with saving(path) as temporary:  # 3 is run lengths: 14 ms a mask instead of 23, 160 a cut-out of 370
@@ -220,35 +160,92 @@ def write_png(path: Path, picture: Image.Image) -> None:
 
 
 def is_ours(path: Path) -> bool:
+    """Return whether write_png has written a picture."""
     with suppress(Exception), Image.open(path) as image:  # Pillow raises many kinds of errors
         return image.info.get("Software") == SOFTWARE
     return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LabelMe's files
+# Tables
 
 
-def made_by_hand(photo: Path, path: Path) -> Path | None:
-    """The file of outlines that a person has made or saved: one of LabelMe beside the photo, or whatever is at `path`.
+def check_table(path: Path, columns: str) -> None:
+    """Raise UserError where a file is in the way that is not ours to overwrite.
 
-    None where there is none, or one that is as predict.py wrote it. Raises UserError for one that cannot be read.
+    The first line of ours matches the regular expression `columns`.
     """
-    for file in filter(Path.exists, (photo.with_suffix(".json"), path)):
-        content = None
-        try:
-            with suppress(ValueError, RecursionError):
-                content = json.loads(file.read_text("utf-8-sig"))
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}): move it away") from error
-        is_labelme = isinstance(content, dict) and "shapes" in content
-        if not is_untouched(content) and (is_labelme or file == path):
-            return file
-    return None
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            if re.fullmatch(columns, file.readline().strip()):
+                return
+    except FileNotFoundError:
+        return
+    except (OSError, EOFError, ValueError, zlib.error):  # a folder, or no text
+        pass
+    raise UserError(f"{path} was not written by predict.py: move it away, or choose another name")
+
+
+class Submission:
+    """Kaggle's file, a row for each photo. Rows gather beside it until all are there, so that a stopped run continues.
+
+    Every process of every run adds to a file of its own, <path>.<key>-<random>.part. The key stands for what decides
+    the masks: rows of another network or threshold are not taken over.
+    https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
+    """
+
+    def __init__(self, path: Path, photos: list[Path], key: str) -> None:
+        self.path, self.names = path, {photo.name for photo in photos}
+        if len(self.names) < len(photos):
+            raise UserError(f"{path} names photos by file name: give each name once")
+        check_writable(path.parent, "--submission")
+        check_table(path, "img,rle_mask")
+        self.prefix = f"{path.name}.{key}-2-"  # 2 is the format of the rows
+        self.done = {name for name, _ in self.rows()}
+        self.part = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            "w", encoding="utf-8", dir=path.parent, prefix=self.prefix, suffix=".part", delete=False
+        )
+
+    def parts(self) -> list[Path]:
+        """Return the files in which rows gather."""
+        return sorted(self.path.parent.glob(f"{glob.escape(self.prefix)}*.part"))
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield (photo's name, runs) of every whole line; a process that was killed may have left part of one."""
+        for part in self.parts():
+            with part.open(encoding="utf-8") as file:
+                for line in file:
+                    with suppress(ValueError):
+                        name, runs = json.loads(line)
+                        yield name, runs
+
+    def add(self, photo: Path, runs: str) -> None:
+        """Add a photo's row, with its mask as run lengths."""
+        self.part.write(json.dumps((photo.name, runs)) + "\n")  # a name may hold commas, line ends, or be no text
+
+    def write(self, is_complete: bool) -> None:
+        """Write the file of all rows that are there; until it is complete, the same command adds what is missing."""
+        opener = gzip.open if self.path.suffix == ".gz" else open
+        text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+        with saving(self.path) as temporary, opener(temporary, "wt", **text) as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("img", "rle_mask"))
+            missing = set(self.names)
+            for name, runs in self.rows():
+                if name in missing:  # once, should two runs have added it
+                    missing.remove(name)
+                    table.writerow((name, runs))
+        if is_complete:
+            for part in self.parts():
+                part.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outlines for LabelMe
 
 
 def write_labelme(path: Path, mask: np.ndarray, photo: Path, label: str, min_area: int) -> None:
-    """Writes a mask, uint8 (H, W), in which 0 is background, as polygons that LabelMe opens.
+    """Write a mask, uint8 (H, W), in which 0 is background, as polygons that LabelMe opens.
 
     https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py
     """
@@ -272,12 +269,35 @@ def write_labelme(path: Path, mask: np.ndarray, photo: Path, label: str, min_are
         temporary.write_text(json.dumps(content | {"predicted": digest(content)}), encoding="utf-8")
 
 
-def digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+def made_by_hand(photo: Path, path: Path) -> Path | None:
+    """Return the outlines that a person has made or saved: LabelMe's file beside the photo, or whatever is at `path`.
+
+    Return None where there is none, or one that is as predict.py wrote it. Raises UserError if one cannot be read.
+    """
+    for file in filter(Path.exists, (photo.with_suffix(".json"), path)):
+        content = None
+        try:
+            with suppress(ValueError, RecursionError):
+                content = json.loads(file.read_text("utf-8-sig"))
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}): move it away") from error
+        is_labelme = isinstance(content, dict) and "shapes" in content
+        if not is_untouched(content) and (is_labelme or file == path):
+            return file
+    return None
 
 
 def is_untouched(content: object) -> bool:
-    """Whether predict.py wrote it, and nobody has saved it since: LabelMe keeps `predicted`, and adds to the rest."""
+    """Return whether predict.py wrote it, and nobody has saved it since.
+
+    LabelMe keeps the entry "predicted" and adds to the others, so that they no longer have its digest.
+    """
     if not isinstance(content, dict):
         return False
-    return content.get("predicted") == digest({name: content[name] for name in content if name != "predicted"})
+    others = {name: value for name, value in content.items() if name != "predicted"}
+    return content.get("predicted") == digest(others)
+
+
+def digest(content: dict) -> str:
+    """Return 16 hexadecimal digits that stand for a file's content."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ A run in one process calls the same functions, which then do nothing.
 import os
 import re
 import signal
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -126,6 +127,16 @@ def all_gather_object(mine: object) -> list:
     return objects
 
 
+def run_id() -> str:
+    """Return a name that all processes of a run share, also when torchrun starts them again, and no other run has."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return broadcast_object(lambda: uuid.uuid4().hex)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False)  # torchrun's, which outlives its processes
+    store.compare_set("train.py's run", "", uuid.uuid4().hex)  # the first process sets it
+    return store.get("train.py's run").decode()
+
+
 def no_sync(model: nn.Module, is_last: bool) -> AbstractContextManager:
     """A context in which backward exchanges gradients only for the last part of a batch."""
     return nullcontext() if is_last or WORLD_SIZE == 1 else model.no_sync()
@@ -183,12 +194,11 @@ def signals_blocked() -> Iterator[None]:
 
 
 def ignore_signals(_: int) -> None:
-    """Makes a worker outlive the signals that stop a run: it is still needed.
+    """Make a worker outlive all signals that stop a run, however often they come: it is needed until the run has saved.
 
-    A second SIGTERM ends it: that one comes from PyTorch, or from multiprocessing when the run is over.
+    So neither does the SIGTERM of PyTorch or multiprocessing end it, but the loader's close().
     """
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

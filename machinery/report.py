@@ -2,8 +2,10 @@
 
 import base64
 import copy
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +34,7 @@ PAGE_PHOTOS = 1000  # on the page, at most: more make it slow
 
 
 class Report:
-    """Draws a run's pictures in threads beside training. A context manager, whose end waits for the last of them.
+    """Draw a run's pictures in threads beside training. A context manager, whose end waits for the last of them.
 
     Its methods raise UserError where something could not be written.
 
@@ -41,7 +43,8 @@ class Report:
         train_set, val_set: the prepared data; prints what they hold.
         part: of val_set, on which epochs are validated.
         settings: the page shows them.
-        save_masks: saves a batch's masks: (predictions, true masks, number of the batch, folder).
+        save_masks: saves a batch's masks, which utils.save_predictions_as_imgs does: predictions bool (N, H, W), true
+            masks uint8 (N, H, W), the number of the batch, the folder.
     """
 
     def __init__(
@@ -54,8 +57,8 @@ class Report:
         save_masks: Callable[[np.ndarray, np.ndarray, int, Path], None],
     ) -> None:
         self.folder, self.data, self.settings, self.save_masks = Path(folder), part, settings, save_masks
-        print(data_report := describe(train_set, val_set))
-        self.data_report = data_report
+        self.data_report = describe(train_set, val_set)
+        print(self.data_report)
         shown = np.linspace(0, len(part) - 1, min(PAGE_PHOTOS, len(part))).round().astype(int)  # evenly spaced
         self.pictures = {index: {} for index in shown.tolist()}  # of the photos on the page, by their index
         self.batches = self.photos = 0  # of the validation under way
@@ -86,18 +89,20 @@ class Report:
         return self.add
 
     def _end(self) -> None:
-        """Waits until everything is drawn. Raises the first error."""
+        """Wait until everything is drawn. Raises the first error."""
         for future in self.pending:
             future.result()
         self.pending.clear()
 
     def add(self, logits: Tensor, dice: Tensor) -> None:
-        """Queues the next batch for drawing: logits float32 (N, 1, H, W), and each image's Dice, on any device."""
-        batch = ((logits.sigmoid() * 255).byte().cpu().numpy(), (logits > 0).cpu().numpy(), dice.tolist())
-        most = max(8, 2**30 // batch[0].nbytes)  # that wait in memory
+        """Queue the next batch for drawing: logits float32 (N, 1, H, W), and each image's Dice, (N,), on any device."""
+        probabilities = (logits[:, 0].sigmoid() * 255).byte().cpu().numpy()
+        predictions = (logits[:, 0] > 0).cpu().numpy()
+        most = max(8, 2**30 // probabilities.nbytes)  # that wait in memory
         if len(self.pending) > most:
             self.pending[-most].result()
-        self.pending.append(self.threads.submit(self._draw_batch, self.batches, self.photos, *batch))
+        batch = self.batches, self.photos, probabilities, predictions, dice.tolist()
+        self.pending.append(self.threads.submit(self._draw_batch, *batch))
         self.batches, self.photos = self.batches + 1, self.photos + len(logits)
 
     def finish(self, history: list[dict], photo_dice: list[list[float]]) -> None:
@@ -119,21 +124,22 @@ class Report:
     def _draw_batch(
         self, batch: int, first: int, probabilities: np.ndarray, predictions: np.ndarray, dice: list[float]
     ) -> None:
-        probabilities, predictions = probabilities[:, 0], predictions[:, 0]
-        samples = (self.data.sample(first + offset) for offset in range(len(predictions)))
-        images, masks = zip(*(reduced(*sample, predictions.shape[1:]) for sample in samples), strict=True)
-        masks, voids = np.stack(masks) == 1, np.stack(masks) == VOID
-        self.save_masks(predictions, np.where(voids, np.uint8(128), masks * np.uint8(255)), batch, self.folder)
+        """Draw a batch whose first photo is number `first`, from uint8 probabilities and predictions, (N, H, W)."""
+        size = predictions.shape[1:]
+        samples = [reduced(*self.data.sample(first + offset), size) for offset in range(len(predictions))]
+        self.save_masks(predictions, np.stack([mask for _, mask in samples]), batch, self.folder)
         tiles = []
-        for offset, (image, mask, void, prediction) in enumerate(zip(images, masks, voids, predictions, strict=True)):
-            layer = errors(mask, prediction, void)
+        for offset, (image, mask) in enumerate(samples):
+            truth, void = mask == 1, mask == VOID
+            layer = errors(truth, predictions[offset], void)
             tiles.append(label(laid_over(image, layer), f"{dice[offset]:.4f}"))
             if first + offset in self.pictures:
-                truth = mask | hatched(void)
-                self.pictures[first + offset] = page_pictures(image, truth, prediction, layer, probabilities[offset])
+                shown = image, truth | hatched(void), predictions[offset], layer, probabilities[offset]
+                self.pictures[first + offset] = page_pictures(*shown)
         save_grid(np.stack(tiles), self.folder / f"overlay_{batch}.png")
 
     def _draw_run(self, batches: int, history: list[dict], photo_dice: list[list[float]], before: list[Future]) -> None:
+        """Draw curves and page when the pictures before are done."""
         for future in before:  # which were queued first: none of them waits for this thread
             future.result()
         remove_older_pictures(batches, self.folder)
@@ -157,23 +163,36 @@ class Report:
 
 
 def reduced(image: np.ndarray, mask: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A sample at `size` (height, width): foreground where any was, so that thin things stay, void where all was."""
+    """Return an image, uint8 (H, W, 3), and its mask, uint8 (H, W) in {0, 1, VOID}, at `size` (height, width).
+
+    A pixel is foreground where any was, so that thin things stay, and void where all was.
+    """
     if mask.shape == size:
         return image, mask
-    rank = torch.from_numpy(np.array((1, 2), np.uint8).take(mask, mode="clip") * (mask != VOID)).float()
-    rank = pooled(rank[None, None], size)[0, 0].numpy()
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA), np.select((rank == 0, rank == 2), (VOID, 1), 0)
+    ranks = np.where(mask == VOID, 0, mask + np.float32(1))  # void, background, foreground: the highest one stays
+    ranks = pooled(torch.from_numpy(ranks)[None, None], size)[0, 0].int().numpy()
+    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+    return image, np.array((VOID, 0, 1), np.uint8)[ranks]
+
+
+def pooled(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return pictures (N, C, H, W) at `size` (height, width): each pixel is the largest of those that it stands for."""
+    if pictures.is_mps:  # which has it for whole factors alone
+        pictures = pictures.cpu()
+    return F.adaptive_max_pool2d(pictures, size)
 
 
 def hatched(area: np.ndarray) -> np.ndarray:
-    """Diagonal lines in an area, bool (H, W)."""
-    return area & (np.add.outer(*map(np.arange, area.shape)) % 6 < 2)
+    """Return diagonal lines in an area, bool (H, W)."""
+    height, width = area.shape
+    diagonals = np.arange(height)[:, None] + np.arange(width)
+    return area & (diagonals % 6 < 2)
 
 
 def errors(mask: np.ndarray, prediction: np.ndarray, void: np.ndarray) -> np.ndarray:
-    """Three bool (H, W) -> RGBA uint8 (H, W, 4): true positives, false negatives, false positives, true outline.
+    """Return a layer that colours true positives, false negatives and false positives, RGBA uint8 (H, W, 4).
 
-    What is void is hatched.
+    All three arguments are bool (H, W). The true mask has a white outline, and void (ignored) pixels are hatched.
     """
     prediction = prediction & ~void
     layer = np.zeros((*mask.shape, 4), np.uint8)
@@ -188,18 +207,18 @@ def errors(mask: np.ndarray, prediction: np.ndarray, void: np.ndarray) -> np.nda
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """The background next to foreground: bool (H, W) -> bool (H, W)."""
+    """Return the background next to a mask's foreground; both are bool (H, W)."""
     return (cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0) & ~mask
 
 
 def laid_over(image: np.ndarray, layer: np.ndarray) -> np.ndarray:
-    """A layer RGBA on a photo RGB, both uint8."""
+    """Lay a layer, RGBA uint8 (H, W, 4), over a photo, RGB uint8 (H, W, 3)."""
     alpha = layer[..., 3:].astype(np.uint16)
     return ((image * (255 - alpha) + layer[..., :3] * alpha) // 255).astype(np.uint8)
 
 
 def label(tile: np.ndarray, text: str) -> np.ndarray:
-    """A tile RGB uint8 with a text in its lower left corner, white with a black rim."""
+    """Write a text into the lower left corner of a tile, RGB uint8 (H, W, 3), white with a black rim."""
     picture, height = Image.fromarray(tile), tile.shape[0]
     place, font = (height // 40 + 1, height - height // 40 - 2), ImageFont.load_default(max(10, height // 11))
     ImageDraw.Draw(picture).text(place, text, "white", font, "lb", stroke_width=1, stroke_fill="black")
@@ -207,9 +226,9 @@ def label(tile: np.ndarray, text: str) -> np.ndarray:
 
 
 def save_train_batch(images: Tensor, masks: Tensor, path: Path) -> None:
-    """Saves a batch as augmentation leaves it, uint8 (N, H, W, 3) and (N, H, W), with the masks outlined.
+    """Save a batch as augmentation leaves it, uint8 (N, H, W, 3) and (N, H, W), with the masks outlined.
 
-    What is void is hatched.
+    Void (ignored) pixels are hatched.
     """
     tiles = images.numpy().copy()
     for tile, mask in zip(tiles, masks.numpy(), strict=True):
@@ -218,8 +237,23 @@ def save_train_batch(images: Tensor, masks: Tensor, path: Path) -> None:
     save_grid(tiles, path)
 
 
+def save_grid(pictures: np.ndarray, path: Path) -> None:
+    """Save pictures, uint8 (N, H, W, 1 or 3), as one PNG, in 4 columns with grey lines between them.
+
+    Raises UserError if torchvision does not match torch.
+    """
+    try:
+        from torchvision.utils import save_image  # here, for it takes seconds, and predict.py does without
+    except Exception as error:  # each pair of versions that do not match fails in its own way
+        found = f"torchvision {version('torchvision')} does not match torch {version('torch')}"
+        raise UserError(f"{found}: pip install --upgrade torch torchvision") from error
+    channels_first = torch.from_numpy(pictures).movedim(-1, 1) / 255  # float32 (N, C, H, W), range 0 to 1
+    with saving(path) as temporary:
+        save_image(channels_first, temporary, format="PNG", nrow=4, pad_value=0.5)
+
+
 def remove_older_pictures(batch: int, folder: Path) -> None:
-    """Removes the pictures of batches from `batch` on, which an earlier run with more batches has left."""
+    """Remove the pictures of batches from `batch` on, which an earlier run with more batches has left."""
     while (prediction := folder / f"pred_{batch}.png").exists() and (truth := folder / f"{batch}.png").exists():
         prediction.unlink()
         truth.unlink()
@@ -227,20 +261,36 @@ def remove_older_pictures(batch: int, folder: Path) -> None:
         batch += 1
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+
+def columns(history: list[dict]) -> list[str]:
+    """Return the names of all columns of metrics.csv; a run's first rows may lack a metric that was added later."""
+    return list(dict.fromkeys(name for row in history for name in row))
+
+
 def draw_curves(history: list[dict], path: Path) -> None:
-    """Draws the columns of metrics.csv over the epochs, 800 x 600 pixels."""
-    figure = Figure(figsize=(8, 6), dpi=100, layout="constrained")
+    """Draw the losses, scores and learning rate over the epochs, in two columns, 800 pixels wide.
+
+    Losses share axes, and so do Dice and IoU. Every other metric has its own, because its range may be any.
+    """
+    panels: dict[str, list[str]] = {"Loss": [], "Dice and IoU": []}
+    shared = {"train_loss": "Loss", "val_loss": "Loss", "dice": "Dice and IoU", "iou": "Dice and IoU"}
+    for name in columns(history):
+        if name not in ("epoch", "seconds", "images_per_second"):
+            title = shared.get(name, name.replace("_", " ").capitalize())
+            panels.setdefault(title, []).append(name)
+
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(8, 3 * rows), dpi=100, layout="constrained")
     epochs = [row["epoch"] for row in history]
-    for axes, title, lines in zip(
-        figure.subplots(2, 2).flat,
-        ("Loss", "Dice and IoU", "Pixel accuracy", "Learning rate"),
-        (("train_loss", "val_loss"), ("dice", "iou"), ("pixel_accuracy",), ("learning_rate",)),
-        strict=True,
-    ):
-        for name, colour, marker in zip(lines, (BLUE, VERMILION), ("o", "s"), strict=False):
-            values = [row.get(name, np.nan) for row in history]
+    for number, (title, names) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, 2, number, sharex=next(iter(figure.axes), None))  # the same epochs in all
+        for name, colour, marker in zip(names, (BLUE, VERMILION), ("o", "s"), strict=False):
+            values = [row.get(name, np.nan) for row in history]  # nan leaves a gap
             axes.plot(epochs, values, marker, ls="-", color=colour, ms=4 if len(epochs) < 50 else 0, label=name)
-        if len(lines) > 1:
+        if len(names) > 1:
             axes.legend()
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -256,9 +306,17 @@ def draw_curves(history: list[dict], path: Path) -> None:
 def page_pictures(
     image: np.ndarray, mask: np.ndarray, prediction: np.ndarray, layer: np.ndarray, probability: np.ndarray
 ) -> dict[str, str]:
-    """What page.html shows of a photo, as data URIs: the photo, and what can be laid over it."""
+    """Return what page.html shows of a photo, as data URIs: the photo, and what can be laid over it.
+
+    Args:
+        image: RGB uint8 (H, W, 3).
+        mask, prediction: bool (H, W).
+        layer: what `errors` returns, RGBA uint8 (H, W, 4).
+        probability: uint8 (H, W), 255 is 1.
+    """
     height, width = mask.shape
-    size = min(PAGE_WIDTH, width), max(1, height * min(PAGE_WIDTH, width) // width)
+    page_width = min(PAGE_WIDTH, width)
+    size = page_width, max(1, height * page_width // width)
     smooth = {"dsize": size, "interpolation": cv2.INTER_AREA}
     sharp = {"dsize": size, "interpolation": cv2.INTER_NEAREST}
     bilevel = cv2.IMWRITE_PNG_BILEVEL, 1
@@ -272,7 +330,7 @@ def page_pictures(
 
 
 def data_uri(kind: str, picture: np.ndarray, *options: int) -> str:
-    """A picture in OpenCV's order of colours as a URI that holds it."""
+    """Encode a picture in OpenCV's order of colours as a URI that holds it."""
     encoded = cv2.imencode(f".{kind}", picture, options)[1]
     return Markup(f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}")
 
@@ -280,7 +338,7 @@ def data_uri(kind: str, picture: np.ndarray, *options: int) -> str:
 def write_page(
     folder: Path, history: list[dict], photos: list[SimpleNamespace], count: int, settings: dict, data_report: str
 ) -> None:
-    """Writes index.html, which needs no other file, from page.html."""
+    """Write index.html, which needs no other file, from page.html."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -288,7 +346,7 @@ def write_page(
     curves = base64.b64encode((folder / "curves.png").read_bytes()).decode()
     page = environment.get_template("page.html").render(
         history=history,
-        columns=list(dict.fromkeys(name for row in history for name in row)),
+        columns=columns(history),
         best=max(history[-len(photos[0].dice) :], key=lambda row: row["dice"]),  # on these photos
         photos=sorted(photos, key=lambda photo: photo.dice[-1]),
         count=count,
@@ -307,7 +365,7 @@ def write_page(
 
 
 def tensorboard_writer(folder: str, settings: dict[str, object]) -> object:
-    """A SummaryWriter that has logged the settings. Raises UserError if the package is missing."""
+    """Return a SummaryWriter that has logged the settings. Raises UserError if the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -321,27 +379,8 @@ def tensorboard_writer(folder: str, settings: dict[str, object]) -> object:
 
 
 def log_overlays(board: object, epoch: int, folder: Path, batches: int) -> None:
-    """Logs an epoch's first overlays."""
+    """Log an epoch's first overlays."""
     for batch in range(min(4, batches)):
         overlay = cv2.cvtColor(cv2.imread(str(folder / f"overlay_{batch}.png")), cv2.COLOR_BGR2RGB)
         board.add_image(f"overlay_{batch}", overlay, epoch, dataformats="HWC")
     board.flush()
-
-
-def pooled(pictures: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures (N, C, H, W) at `size` (height, width): each pixel is the largest of those that it stands for."""
-    if pictures.is_mps:  # which has it for whole factors alone
-        pictures = pictures.cpu()
-    return F.adaptive_max_pool2d(pictures, size)
-
-
-def save_grid(pictures: np.ndarray, path: Path) -> None:
-    """Saves pictures, uint8 (N, H, W) or (N, H, W, 3), in 4 columns with grey lines between them as one PNG."""
-    count, height, width = pictures.shape[:3]
-    columns, rows = min(4, count), -(-count // 4)
-    grid = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, *pictures.shape[3:]), 128, np.uint8)
-    for number, picture in enumerate(pictures):
-        top, left = 2 + number // 4 * (height + 2), 2 + number % 4 * (width + 2)
-        grid[top : top + height, left : left + width] = picture
-    with saving(path) as temporary:
-        Image.fromarray(grid).save(temporary, "PNG", compress_type=3)  # run lengths: faster

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -41,7 +41,6 @@ class Run:
         self.report = report if processes.RANK == 0 else None
         self.num_epochs, self.checkpoint_minutes = num_epochs, checkpoint_minutes
         self.photos, self.batch_size = len(loader.dataset), loader.batch_sampler.size
-        self.has_printed_names = False
 
     @contextmanager
     def until_stopped(self) -> Iterator[None]:
@@ -129,13 +128,16 @@ class Run:
             self.report.finish(state.history, state.photo_dice)
         self.writer.save(state, is_best)
 
-        shown = {name: value for name, value in row.items() if name not in ("learning_rate", "images_per_second")}
-        widths = {name: max(len(name), 7 if name == "seconds" else 6) for name in shown} | {"epoch": 5}
-        if not self.has_printed_names:
-            print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
-            self.has_printed_names = True
-        decimals = {name: 4 for name in shown} | {"epoch": 0, "seconds": 1}
-        print("  ".join(f"{shown[name]:{widths[name]}.{decimals[name]}f}" for name in shown) + "  best" * is_best)
+        self._print_row(row, is_best)
+
+    def print_names(self, scores: Iterable[str]) -> None:
+        """Print the names of the columns in which end_epoch prints, of which these are check_accuracy's scores."""
+        self.columns = {name: max(len(name), 6) for name in ("train_loss", "val_loss", *scores)}  # and their widths
+        print("  ".join(("epoch", *(f"{name:>{width}}" for name, width in self.columns.items()), "seconds")))
+
+    def _print_row(self, row: dict, is_best: bool) -> None:
+        values = (f"{row[name]:{width}.4f}" for name, width in self.columns.items())
+        print("  ".join((f"{row['epoch']:5}", *values, f"{row['seconds']:7.1f}")) + "  best" * is_best)
 
     def save(self) -> None:
         """Queue a checkpoint, unless the weights are not finite: then the one before stays. Raises UserError."""

@@ -1,18 +1,16 @@
-"""Draws a small synthetic Carvana: cars on a turntable in a studio, each photographed from 16 sides, with their masks.
+"""Draw a small synthetic Carvana: cars on a turntable in a studio, each photographed from 16 sides, with their masks.
 
-    python sample_data.py                                   # into data/sample, as train.py does by itself
-    python sample_data.py --output-dir /tmp/cars --train-cars 40 --val-cars 10 --seed 1
+    python -m machinery.sample_data                                   # into data/sample, as train.py does by itself
+    python -m machinery.sample_data --output-dir /tmp/cars --train-cars 40 --val-cars 10 --seed 1
 
 A car is some 200 flat polygons, drawn from back to front through a pinhole camera. Lengths are metres; the turntable's
 centre is the origin; in a car's frame x points to its front, y to its left, z up. The same seed draws the same photos.
 """
 
-import argparse
 import functools
 import itertools
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +21,9 @@ from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from machinery.errors import UserError
+from machinery.errors import UserError, run
 from machinery.files import MASK_SUFFIX
+from machinery.settings import Parser
 
 VIEWS = 16  # photos of a car, 22.5 degrees apart
 HEIGHT, WIDTH = 1280, 1918  # of a photo in pixels, as in Carvana
@@ -84,7 +83,7 @@ class Camera:
         self.axes = np.array(((1, 0, 0), (0, sin, cos), (0, cos, -sin)))  # right, up, ahead
 
     def project(self, points: np.ndarray) -> np.ndarray:
-        """(n, 3) metres in the studio -> (n, 2) pixels."""
+        """Return the (n, 2) pixels of (n, 3) metres in the studio."""
         right, up, ahead = self.axes @ (points - self.position).T
         return np.stack((right, -up), axis=1) * (self.focal / ahead)[:, None] + self.centre
 
@@ -118,7 +117,7 @@ class Car:
         return self.width / 2 * (1 - 0.2 * np.abs(2 * x / self.length) ** 7)  # rounded towards both ends
 
     def make_body(self) -> list[Polygon]:
-        """The lower body: cross-sections from sill to deck, joined from rear to front."""
+        """Make the lower body: cross-sections from sill to deck, joined from rear to front."""
         x = -self.length / 2 * np.cos(np.linspace(0, np.pi, 19))  # close together at the ends, where it is round
         half_width, top = self.half_width(x), self.deck_height(x)
         sill = self.sill + 0.10 * np.abs(2 * x / self.length) ** 6
@@ -139,7 +138,7 @@ class Car:
         return polygons
 
     def make_cabin(self, roof: np.ndarray, pillars: tuple, is_van: bool) -> tuple[list[Polygon], list[Polygon]]:
-        """What stands on the deck, joined along the roof line, and the windows that lie on it."""
+        """Make what stands on the deck, joined along the roof line, and the windows that lie on it."""
         line = np.linspace(0, len(roof) - 1, 33)
         line = np.stack([np.interp(line, np.arange(len(roof)), column) for column in roof.T], axis=-1)
         line[1:-1] = (line[:-2] + 2 * line[1:-1] + line[2:]) / 4  # rounds the corners
@@ -184,7 +183,7 @@ class Car:
         return cabin, windows
 
     def make_ends(self, is_pickup: bool) -> list[Polygon]:
-        """Lights, grille, bumper, number plates, and a pickup's bed."""
+        """Make lights, grille, bumper, number plates, and a pickup's bed."""
         polygons = []
         for end, light in ((1, HEADLIGHT), (-1, TAILLIGHT)):
             x = end * (self.length / 2 + 0.01)
@@ -218,7 +217,7 @@ class Car:
         return polygons
 
     def make_side(self, side: int, pillars: tuple) -> list[Polygon]:
-        """Door gaps, handles, sill and wheel arches of one side."""
+        """Make door gaps, handles, sill and wheel arches of one side."""
         polygons, y, belt = [], side * self.width / 2 * 0.995, self.deck_height(0)
 
         def strip(x0, x1, z0, z1, colour) -> None:
@@ -238,12 +237,12 @@ class Car:
         return polygons
 
     def circle(self, axle: float, y: float, size: float, start: float = 0, stop: float = 2 * np.pi) -> np.ndarray:
-        """Points around an axle, `size` wheel radii away from it."""
+        """Return points around an axle, `size` wheel radii away from it."""
         angle = np.linspace(start, stop, 40)
         return self.radius * np.stack((size * np.cos(angle), 0 * angle, 1 + size * np.sin(angle)), -1) + (axle, y, 0)
 
     def make_wheel(self, axle: float, side: int) -> tuple[np.ndarray, list[Polygon]]:
-        """The points whose convex hull is the tyre, and the polygons of its outer face."""
+        """Make the points whose convex hull is the tyre, and the polygons of its outer face."""
         y = side * (self.width / 2 - 0.005)
         tyre = np.concatenate((self.circle(axle, y, 1), self.circle(axle, y - side * 0.22, 1)))
         face = [Polygon(self.circle(axle, y, 1), (34, 34, 36)), Polygon(self.circle(axle, y, 0.7), self.rim)]
@@ -257,7 +256,7 @@ class Car:
         return tyre, face
 
     def make_mirror(self, side: int) -> np.ndarray:
-        """The eight corners of a wing mirror."""
+        """Make the eight corners of a wing mirror."""
         x = (0.16 if self.height < 1.9 else 0.3) * self.length
         corners = np.stack(np.meshgrid((-0.06, 0.05), (-0.11, 0.11), (-0.05, 0.16), indexing="ij"), -1).reshape(-1, 3)
         return corners + np.array((x, side * (self.width / 2 + 0.06), self.deck_height(x)))
@@ -275,7 +274,7 @@ class Painter:
         self.lamps = LAMPS @ self.rotation.T
 
     def pixels(self, points: np.ndarray) -> np.ndarray:
-        """(n, 3) metres in the car's frame -> (n, 2) pixels in OpenCV's fixed point, 1/16 of a pixel."""
+        """Return the (n, 2) pixels of (n, 3) metres in the car's frame, in OpenCV's fixed point, 1/16 of a pixel."""
         return np.round(self.camera.project((points @ self.rotation) * self.flip) * 16).astype(np.int32)
 
     def fill(self, points: np.ndarray, colour) -> None:
@@ -289,7 +288,7 @@ class Painter:
         cv2.fillPoly(self.mask, [pixels], 255, shift=4)
 
     def fill_visible(self, polygons: list[Polygon]) -> None:
-        """Draws those that face the camera, the farthest first, with Lambert's diffuse light and Blinn's highlights."""
+        """Draw those that face the camera, the farthest first, with Lambert's diffuse light and Blinn's highlights."""
         visible = [p for p in polygons if p.normal @ (self.eye - p.centre) > 0]
         for p in sorted(visible, key=lambda p: -np.linalg.norm(self.eye - p.centre)):
             view = self.eye - p.centre
@@ -320,7 +319,7 @@ class Painter:
 
 
 def draw_studio(camera: Camera, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """The empty studio, uint8 RGB (height, width, 3): a wall with lettering, floor, turntable, uneven light."""
+    """Draw the empty studio, uint8 RGB (height, width, 3): a wall with lettering, floor, turntable, uneven light."""
     scale = width / WIDTH
     wall_y = rng.uniform(3.2, 4.5)  # metres behind the turntable's centre
     horizon = camera.project(np.array(((0, wall_y, 0),)))[0, 1] / height
@@ -359,7 +358,7 @@ def draw_studio(camera: Camera, height: int, width: int, rng: np.random.Generato
 
 @functools.lru_cache(maxsize=3)  # a car's views are drawn one after the other
 def make_scene(seed: int, index: int, height: int, width: int) -> tuple[str, Car, Camera, np.ndarray, np.ndarray]:
-    """The index-th car of a seed: its name, as in Carvana 12 hexadecimal digits, car, camera, studio, sensor noise."""
+    """Make the index-th car of a seed: name (12 hexadecimal digits), car, camera, studio, sensor noise."""
     shuffled = np.random.default_rng(seed)  # the first few cars already show many bodies and paints
     bodies, paints = shuffled.permutation(list(BODIES)), shuffled.permutation(PAINTS)
     rng = np.random.default_rng((seed, index))
@@ -373,7 +372,7 @@ def make_scene(seed: int, index: int, height: int, width: int) -> tuple[str, Car
 
 
 def draw_photo(seed: int, index: int, view: int, height: int, width: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """One view of a car: its stem, uint8 RGB photo (height, width, 3), uint8 mask (height, width) of 0 and 255."""
+    """Draw one view of a car: its stem, uint8 RGB photo (height, width, 3), uint8 mask (height, width) of 0 and 255."""
     name, car, camera, studio, noise = make_scene(seed, index, height, width)
     rng = np.random.default_rng((seed, index, view))
     angle = 2 * np.pi * (view + rng.uniform(-0.1, 0.1)) / VIEWS - np.pi / 2
@@ -405,7 +404,7 @@ def draw_photo(seed: int, index: int, view: int, height: int, width: int) -> tup
 def draw_dataset(
     output_dir: Path, train_cars: int = 8, val_cars: int = 2, height: int = HEIGHT, width: int = WIDTH, seed: int = 0
 ) -> None:
-    """Draws cars into output_dir/{train,val}_{images,masks}, the training cars into train_, the others into val_.
+    """Draw cars into output_dir/{train,val}_{images,masks}, the training cars into train_, the others into val_.
 
     The folder appears once everything in it is drawn. Raises FileExistsError if it is there already and not empty.
     """
@@ -459,26 +458,22 @@ def use_sample_if_empty(s: SimpleNamespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--output-dir", type=Path, default=Path("data/sample"), help="a new or empty folder")
-    parser.add_argument("--train-cars", type=int, default=8, help=f"cars to train on, {VIEWS} photos each")
-    parser.add_argument("--val-cars", type=int, default=2, help="cars to validate on")
-    parser.add_argument("--height", type=int, default=HEIGHT, help="of a photo, in pixels")
-    parser.add_argument("--width", type=int, default=WIDTH, help="of a photo, in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds draw other cars")
-    parser.error = lambda message: sys.exit(f"error: {message} (--help shows the flags)")
+    parser = Parser("python -m machinery.sample_data", __doc__)
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("data/sample"), help="a new or empty folder [data/sample]")
+    add("--train-cars", type=int, default=8, help=f"cars to train on, {VIEWS} photos each [8]")
+    add("--val-cars", type=int, default=2, help="cars to validate on [2]")
+    add("--height", type=int, default=HEIGHT, help=f"of a photo, in pixels [{HEIGHT}]")
+    add("--width", type=int, default=WIDTH, help=f"of a photo, in pixels [{WIDTH}]")
+    add("--seed", type=int, default=0, help="other seeds draw other cars [0]")
     args = parser.parse_args(argv)
     if min(args.train_cars, args.val_cars) < 1 or min(args.height, args.width) < 16 or args.seed < 0:
         parser.error("--train-cars and --val-cars must be at least 1, --height and --width 16, --seed 0")
     try:
         draw_dataset(**vars(args))
     except OSError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import threading
 import zlib
@@ -34,7 +35,7 @@ from machinery.decoding import (
     value_shares,
 )
 from machinery.errors import UserError
-from machinery.files import MASK_SUFFIX, files_in, find_pairs, passed_over, written_whole
+from machinery.files import MASK_SUFFIX, files_in, find_pairs, is_locked, passed_over, written_whole
 
 DECODER = 4  # part of the cache's key: raise it when decoding changes
 
@@ -49,7 +50,7 @@ INFO = np.dtype(
 
 
 def info_of(image: np.ndarray, mask: np.ndarray, own_size: tuple[int, int]) -> tuple:
-    """The INFO of a pair's sample."""
+    """Return the INFO of a pair's sample."""
     border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     void = float((mask == VOID).mean())
     foreground = float((mask == 1).mean()) / (1 - void) if void < 1 else 0.0
@@ -75,6 +76,7 @@ class Samples:
         self.cache_file: Path | None = None
         self._cache: np.ndarray | None = None
         self._starts: list[int] = []  # of the samples in the cache, and its end
+        self._held: FileLock | None = None
         # Once prepared:
         self.infos: np.ndarray | None = None  # (n,) of INFO
         self.notes: list[Note] = []
@@ -82,21 +84,25 @@ class Samples:
         self.chosen: tuple[float, ...] | None = None
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The decoded pair, uint8 image (H, W, 3) and mask (H, W), from the cache if there is one."""
+        """Return the decoded pair, uint8 image (H, W, 3) and mask (H, W), from the cache if there is one."""
         if self.cache_file is None:
             return read_sample(*self.pairs[index], self.size, self.rule)[:2]
         if self._cache is None:
-            self._map_cache()
+            try:
+                self._map_cache()
+            except FileNotFoundError:  # somebody has deleted it
+                self.cache_file = None
+                return self.sample(index)
         size, start = self.size_of(index), self._starts[index]
         mask, end = start + 3 * math.prod(size), start + 4 * math.prod(size)
         return self._cache[start:mask].reshape(*size, 3), self._cache[mask:end].reshape(size)
 
     def size_of(self, index: int) -> tuple[int, int]:
-        """(height, width) of a prepared sample."""
+        """Return the (height, width) of a prepared sample."""
         return resized((self.infos["height"][index], self.infos["width"][index]), self.size)
 
     def part(self, count: int) -> "Samples":
-        """At most `count` of the prepared pairs, evenly spaced, from the same cache."""
+        """Return at most `count` of the prepared pairs, evenly spaced, from the same cache."""
         chosen = np.linspace(0, len(self.pairs) - 1, min(count, len(self.pairs))).round().astype(int)
         part = shallow_copy(self)
         part.infos = self.infos[chosen]
@@ -105,10 +111,11 @@ class Samples:
         return part
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_cache": None}  # a spawned worker maps the file anew instead of receiving its contents
+        # A spawned worker maps the file anew instead of receiving its contents
+        return self.__dict__ | {"_cache": None, "_held": None}
 
     def fingerprint(self) -> str:
-        """Of the prepared pairs' names and contents: other data have another one."""
+        """Return a digest of the prepared pairs' names and contents: other data have another one."""
         optional = {"void"} if not self.infos["void"].any() else set()  # as before there was void
         fields = [name for name in INFO.names if name not in optional | {"places"}]
         return _digest([image.name for image, _ in self.pairs], self.infos[fields].tolist())
@@ -116,7 +123,7 @@ class Samples:
     def prepare(
         self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
     ) -> None:
-        """Decodes every pair once, which checks it, and keeps the samples in a memory-mapped file in cache_dir.
+        """Decode every pair once, which checks it, and keep the samples in a memory-mapped file in cache_dir.
 
         By the rule, if one is given, else by that which these files make: each is read as it suggests itself, and those
         that the whole set contradicts are read again. `foreground_values` are then the rule's `chosen`.
@@ -134,7 +141,7 @@ class Samples:
         if cache_dir is not None:
             try:
                 self.infos = self._cached(Path(cache_dir), keys)
-            except OSError as error:
+            except (OSError, NotImplementedError) as error:  # the latter is filelock's, of a disk without locks
                 tqdm.write(f"No cache in {cache_dir} ({error}): every epoch decodes the photos again.")
         if self.infos is None:
             self.infos = np.array([row[1] for row in self._decode_all(keys, {}, None)], INFO)
@@ -147,36 +154,56 @@ class Samples:
                 )
 
     def _cached(self, cache_dir: Path, keys: list[tuple]) -> np.ndarray:
-        """Finds or builds the file for these keys and serves from it; raises OSError where it cannot be written."""
+        """Find or build the file for these keys, and serve from it. Raises OSError where it cannot be written."""
         cache_dir.mkdir(parents=True, exist_ok=True)
         place = cache_dir / _digest(DECODER, self.size, str(self.image_dir.resolve()), str(self.mask_dir.resolve()))
-        data = place.with_name(f"{place.name}-{_digest(keys, self.chosen)}.samples")
+        index_file = place.with_name(f"{place.name}-{_digest(keys, self.chosen, self.rule and asdict(self.rule))}.json")
         with FileLock(place.with_suffix(".lock")):  # of several processes one builds and the others wait
-            if (index := self._read_index(data)) is None or not self._suits(*index[:2]):
-                self._build(place, data, keys)
-                index = self._read_index(data)
-            self.cache_file = data
+            if (index := self._read_index(index_file)) is None or not self._suits(*index[1:3]):
+                self._build(place, index_file, keys)
+                index = self._read_index(index_file)
+            self.cache_file, rule, rows, self._starts = index
             self._map_cache()
-        rule, rows, self._starts = index
+            self._hold()
+            self._remove_others(place, index_file)
         self.rule = self.rule or rule
         self.notes = [note for _, _, note in rows]
         return np.array([info for _, info, _ in rows], INFO)
 
-    def _read_index(self, data: Path) -> tuple[Rule, list, list[int]] | None:
-        """A cache file's rule, the (key, info, note) of each row, and where the samples start in it.
+    def _read_index(self, path: Path) -> tuple[Path, Rule, list, list[int]] | None:
+        """Return the file of samples, its rule, the (key, info, note) of each row, and where the samples start in it.
 
-        None if the file is not there or not whole.
+        None if the index or that file is not there or not whole.
         """
         try:
-            index = json.loads(data.with_suffix(".json").read_text())
+            index = json.loads(path.read_text())
             rows = [(tuple(key), tuple(info), Note(**note)) for key, info, note in index["rows"]]
-            starts = self._starts_of([info[:2] for _, info, _ in rows])
-            return (rule_from(index["rule"]), rows, starts) if data.stat().st_size == starts[-1] else None
+            starts, data = self._starts_of([info[:2] for _, info, _ in rows]), path.with_name(index["samples"])
+            return (data, rule_from(index["rule"]), rows, starts) if data.stat().st_size == starts[-1] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def _hold(self) -> None:
+        """Keep other runs from removing the file while this object lives: workers may open it late."""
+        self._held = FileLock(self.cache_file.with_name(f"{self.cache_file.name}-{secrets.token_hex(4)}.lock"))
+        self._held.acquire()
+
+    def _remove_others(self, place: Path, index_file: Path) -> None:
+        """Remove the other caches of these folders at this size, unless a run holds them, and what kills have left."""
+        for data in place.parent.glob(f"{place.name}-*.samples"):
+            locks = list(place.parent.glob(f"{data.name}-*.lock"))
+            unused = [lock for lock in locks if not is_locked(lock)]
+            if len(unused) == len(locks) and data != self.cache_file:
+                unused.append(data)
+            for file in unused:
+                with suppress(OSError):  # on Windows a file that another run reads cannot be deleted
+                    file.unlink()
+        for path in place.parent.glob(f"{place.name}-*.json"):
+            if path != index_file and self._read_index(path) is None:
+                path.unlink(missing_ok=True)
+
     def _suits(self, rule: Rule, rows: list) -> bool:
-        """Whether samples that were read by a rule are what the given one, or the files' own, makes of them."""
+        """Return whether samples that were read by a rule are what the given one, or the files' own, makes of them."""
         wanted = self.rule or Rule.of([note for _, _, note in rows], self.chosen)
         return all(rule.meaning(note) == wanted.meaning(note) for _, _, note in rows)
 
@@ -184,19 +211,17 @@ class Samples:
         self._cache = np.memmap(self.cache_file, np.uint8, mode="c").view(np.ndarray)
 
     def _starts_of(self, own_sizes: list[tuple[int, int]]) -> list[int]:
-        """Where the samples of photos of these sizes start in the cache, and where the last one ends."""
+        """Return where the samples of photos of these sizes start in the cache, and where the last one ends."""
         return [0, *accumulate(4 * math.prod(resized(own_size, self.size)) for own_size in own_sizes)]
 
-    def _build(self, place: Path, data: Path, keys: list[tuple]) -> None:
-        for leftover in place.parent.glob(f"{place.name}-*.tmp"):  # of a run that was killed
-            leftover.unlink()
-        older = list(place.parent.glob(f"{place.name}-*.samples"))
+    def _build(self, place: Path, index_file: Path, keys: list[tuple]) -> None:
+        """Decode into a file with a name of its own, and then write the index that makes it known."""
         known = {}
-        for path in older:
-            rule, rows, starts = self._read_index(path) or (None, [], [])
-            known |= {
-                key: (path, start, info, note, rule) for (key, info, note), start in zip(rows, starts, strict=False)
-            }
+        for path in place.parent.glob(f"{place.name}-*.json"):
+            if index := self._read_index(path):
+                data, rule, rows, starts = index
+                for (key, info, note), start in zip(rows, starts, strict=False):
+                    known[key] = data, start, info, note, rule
 
         is_share = isinstance(self.size, float)
         self._starts = self._starts_of([image_size(image) if is_share else self.size for image, _ in self.pairs])
@@ -204,22 +229,22 @@ class Samples:
         if needed > free:
             raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         tqdm.write(f"Caching {len(self.pairs)} pairs of {self.image_dir} in {place.parent}: {needed / 1e6:.1f} MB.")
-        with written_whole(data) as temporary, temporary.open("wb") as file:
-            rows = [(key, info, asdict(note)) for key, info, note in self._decode_all(keys, known, file)]
-            os.fsync(file.fileno())
-            with written_whole(data.with_suffix(".json")) as index:
-                index.write_text(json.dumps({"rule": asdict(self.rule), "rows": rows}))
-        for path in set(older) - {data}:
-            with suppress(OSError):  # on Windows a file that another run reads cannot be deleted
-                path.unlink()
-                path.with_suffix(".json").unlink()
+        data = index_file.with_name(f"{index_file.stem}-{secrets.token_hex(4)}.samples")
+        try:
+            with data.open("xb") as file:
+                rows = [(key, info, asdict(note)) for key, info, note in self._decode_all(keys, known, file)]
+                os.fsync(file.fileno())
+        except BaseException:
+            data.unlink(missing_ok=True)
+            raise
+        with written_whole(index_file) as temporary:
+            temporary.write_text(json.dumps({"samples": data.name, "rule": asdict(self.rule), "rows": rows}))
 
     def _decode_all(self, keys: list[tuple], known: dict[tuple, tuple], file: BinaryIO | None) -> list[tuple]:
-        """Reads every sample, from an older cache if `known` has its key, and writes it to `file`. Settles the rule.
+        """Read every sample, from an older cache if `known` has its key, and write it to `file`. Settle the rule.
 
-        Returns the (key, info, note) of each.
+        Return the (key, info, note) of each.
         """
-
         writing, is_share = threading.Lock(), isinstance(self.size, float)
 
         def write(row: int, *arrays: np.ndarray) -> None:
@@ -267,7 +292,7 @@ class Samples:
         return rows
 
     def _settled(self) -> Rule:
-        """The rule that the notes make. Raises UserError."""
+        """Return the rule that the notes make. Raises UserError."""
         rule = Rule.of(self.notes, self.chosen)
         labels = sorted({value for note in self.notes for value, _ in note.values or [] if value})
         if missing := set(self.chosen or ()) - set(labels):
@@ -299,13 +324,13 @@ def _digest(*parts: object) -> str:
 
 
 def car_of(image: Path) -> str | None:
-    """Carvana's name of the car: 00087a6bd4dc_01.jpg -> 00087a6bd4dc; None for a photo that is named otherwise."""
+    """Return Carvana's name of the car: 00087a6bd4dc of 00087a6bd4dc_01.jpg; None for other names."""
     match = re.fullmatch(r"([0-9a-f]{12})_\d\d", image.stem)
     return match[1] if match else None
 
 
 def describe_rule(data: Samples) -> list[str]:
-    """What the values of the files mean, a line for each thing that is not plain."""
+    """Say what the values of the files mean, a line for each thing that is not plain."""
     rule, lines = data.rule, []
     if rule.low is not None:
         lines.append(f"photos with more than 8 bits a channel: {rule.low:.6g} becomes 0, {rule.high:.6g} becomes 255")
@@ -327,7 +352,7 @@ def describe_rule(data: Samples) -> list[str]:
 
 
 def describe(train: Samples, val: Samples) -> str:
-    """What two prepared sets hold, a line each, and a line for everything that looks like a mistake."""
+    """Say what two prepared sets hold, a line each, and a line for everything that looks like a mistake."""
     lines = ["set    pairs  photos                      foreground min, median, max     empty masks"]
     for name, data in (("train", train), ("val", val)):
         sizes = sorted({(width, height) for height, width in data.infos[["height", "width"]].tolist()})
@@ -345,7 +370,8 @@ def describe(train: Samples, val: Samples) -> str:
     cars = [{car_of(image) for image, _ in data.pairs} - {None} for data in (train, val)]
     if both := cars[0] & cars[1]:
         lines.append(
-            f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter (split_data.py)"
+            f"WARNING: cars in both sets: {len(both)}, such as {min(both)}: scores will flatter "
+            "(python -m tools.split_data sorts by car)"
         )
     lines += describe_rule(train)
     for data in (train, val):

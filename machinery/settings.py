@@ -14,17 +14,26 @@ from types import ModuleType, SimpleNamespace
 
 from machinery.errors import UserError
 from machinery.files import SUFFIXES, check_writable
-from machinery.sample_data import use_sample_if_empty
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors."""
+    """An ArgumentParser whose errors are UserErrors.
+
+    Args:
+        command: how the script is called, such as "python train.py" or "python -m tools.split_data".
+        description: the beginning of its help, such as the script's docstring, which python -OO takes away.
+    """
+
+    def __init__(self, command: str, description: str | None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter  # keeps the docstring's lines
+        super().__init__(command, description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> None:
-        raise UserError(f"{message} (python {self.prog} --help shows all flags)")
+        raise UserError(f"{message} ({self.prog} --help shows all flags)")
 
 
 def whole_number_or_none(text: str) -> int | str:
+    """Return the number that a flag's text is, or the text where it is "none"."""
     if text.lower() == "none" or re.fullmatch(r"-?\d+", text):
         return text if text.lower() == "none" else int(text)
     raise argparse.ArgumentTypeError(f"{text} is no whole number")
@@ -66,7 +75,7 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     """
     source = Path(constants["__file__"])
     written = constants_of(source.read_text(encoding="utf-8"))
-    parser = Parser(source.name, description=summary(constants["__doc__"]), allow_abbrev=False)
+    parser = Parser(f"python {source.name}", constants["__doc__"])
     for name, default in constants.items():
         if not name.isupper() or isinstance(default, ModuleType):
             continue
@@ -97,11 +106,6 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     return SimpleNamespace(**settings)
 
 
-def summary(docstring: str | None) -> str:
-    """Return the first line of a docstring, which python -OO takes away."""
-    return (docstring or "").partition("\n")[0]
-
-
 @contextmanager
 def read_settings(
     constants: dict, argv: list[str] | None, size_multiple: Callable[[tuple], int], processes: int
@@ -123,6 +127,8 @@ def read_settings(
 
 def settle(s: SimpleNamespace) -> None:
     """Set what depends on other settings: a crop's size, drawn cars where data/ is empty, an encoder's own mean."""
+    from machinery.sample_data import use_sample_if_empty  # whose own flags are made with this module
+
     if s.crop:
         s.image_height, s.image_width = s.crop  # a crop is all that the network sees
     use_sample_if_empty(s)
@@ -136,7 +142,7 @@ Range = tuple[str, type | tuple[type, ...], Callable[[object], bool], str]  # na
 
 
 def check_ranges(settings: object, ranges: Iterable[Range], spell: Callable[[str], str] = str.upper) -> None:
-    """Raises UserError for the first setting of another type or out of its range; `spell` writes its name for users."""
+    """Raise UserError for the first setting of another type or out of its range; `spell` writes its name for users."""
     for name, kind, is_valid, wanted in ranges:
         value = getattr(settings, name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not is_valid(value):

@@ -1,7 +1,7 @@
-"""Polygons <-> masks.
+"""Polygons and run lengths <-> masks.
 
-A ring is an array of corners (x, y), float64 (n, 2). They count from the photo's upper left corner: the centre of its
-first pixel is (0.5, 0.5).
+A polygon is a ring: an array of corners (x, y), float64 (n, 2). They count from the photo's upper left corner: the
+centre of its first pixel is (0.5, 0.5).
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ FAR = 1e7  # pixels: a coordinate beyond is a mistake
 
 
 def ring_of(points: Iterable) -> np.ndarray:
-    """Corners, float64 (n, 2), from pairs or from x, y, x, y, ... Raises ValueError for nan and what is far away."""
+    """Return the ring of pairs, or of x, y, x, y, ... Raises ValueError for nan and for what is far away."""
     try:
         ring = np.array(list(points), np.float64).reshape(-1, 2)
     except (TypeError, ValueError) as error:
@@ -25,50 +25,56 @@ def ring_of(points: Iterable) -> np.ndarray:
 
 
 def box_ring(points: Iterable) -> np.ndarray:
-    """The four corners of a box that is given by two opposite ones."""
+    """Return the four corners of a box that is given by two opposite ones."""
     (left, top), (right, bottom) = ring_of(points)
     return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
 
 
 def ellipse_ring(x: float, y: float, radius_x: float, radius_y: float) -> np.ndarray:
-    """720 corners: at a radius of 1000 pixels they are 0.01 off."""
+    """Return an ellipse as 720 corners: at a radius of 1000 pixels the ring is 0.01 off."""
     angles = np.linspace(0, 2 * np.pi, 720, endpoint=False)
     return ring_of(np.stack((x + radius_x * np.cos(angles), y + radius_y * np.sin(angles)), 1))
 
 
 def turned(ring: np.ndarray, degrees: float) -> np.ndarray:
-    """Turned clockwise around its centre."""
+    """Turn a ring clockwise around its centre."""
     angle, centre = np.radians(degrees), ring.mean(0)
     return (ring - centre) @ [(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))] + centre
 
 
 def polygon_mask(rings: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """The union of rings: pixels whose centres lie inside of one of them, by the even-odd rule.
+    """Return the union of rings, bool (H, W): pixels whose centres lie inside of one of them, by the even-odd rule.
 
     Each edge changes inside to outside for all pixels to the right of where it crosses their row's centres. What is
     traversed forth and back, as the slit to a hole, changes nothing.
     """
     mask = np.zeros(size, bool)
     for ring in rings:
-        first, last = (np.clip(np.ceil(edge(0) - 0.5), 0, size[::-1]).astype(int) for edge in (ring.min, ring.max))
+        first, last = (first_centre(corner, size[::-1]) for corner in (ring.min(0), ring.max(0)))  # x, y of its box
         width, height = np.maximum(last - first, 0)
-        start, end = ring - first, np.roll(ring, -1, 0) - first
-        upper, lower = (np.where((start[:, 1:] < end[:, 1:]) == is_upper, start, end) for is_upper in (True, False))
-        top, bottom = (np.clip(np.ceil(corners[:, 1] - 0.5), 0, height).astype(int) for corners in (upper, lower))
-        rows = bottom - top  # whose centres the edge crosses
-        edge = np.repeat(np.arange(len(ring)), rows)
-        row = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows) + top[edge]
+        start, end = ring - first, np.roll(ring, -1, 0) - first  # of each edge
+        goes_down = start[:, 1:] < end[:, 1:]
+        upper, lower = np.where(goes_down, start, end), np.where(goes_down, end, start)
+        top, bottom = first_centre(upper[:, 1], height), first_centre(lower[:, 1], height)
+        rows = bottom - top  # whose centres each edge crosses
+        edge = np.repeat(np.arange(len(ring)), rows)  # of each crossing
+        row = top[edge] + np.arange(len(edge)) - np.repeat(rows.cumsum() - rows, rows)
         across = (lower - upper)[edge]
         x = upper[edge, 0] + (row + 0.5 - upper[edge, 1]) * across[:, 0] / across[:, 1]
         changes = np.zeros((height, width + 1), bool)
-        np.logical_xor.at(changes, (row, np.clip(np.ceil(x - 0.5), 0, width).astype(int)), True)
+        np.logical_xor.at(changes, (row, first_centre(x, width)), True)
         np.logical_xor.accumulate(changes, 1, out=changes)
         mask[first[1] : last[1], first[0] : last[0]] |= changes[:, :width]
     return mask
 
 
+def first_centre(coordinates: np.ndarray, limit: int | tuple[int, int]) -> np.ndarray:
+    """Return the number of the first pixel whose centre lies at a coordinate or beyond it, from 0 to `limit`."""
+    return np.clip(np.ceil(coordinates - 0.5), 0, limit).astype(int)
+
+
 def outlines(mask: np.ndarray, min_area: int) -> Iterator[np.ndarray]:
-    """A ring for each object of a mask, uint8 (H, W), in which 0 is background; polygon_mask makes its pixels of it.
+    """Yield a ring for each object of a mask, uint8 (H, W), in which 0 is background: polygon_mask's way back.
 
     It stays within a pixel of the mask's edge. Objects and holes of less than `min_area` pixels are left out.
     """
@@ -87,12 +93,12 @@ def outlines(mask: np.ndarray, min_area: int) -> Iterator[np.ndarray]:
 
 
 def count_pixels(ring: np.ndarray) -> float:
-    """How many pixels a ring of `outlines` holds: at each corner it cuts off or adds an eighth, half a pixel in all."""
+    """Return how many pixels a ring of `outlines` holds: each corner cuts off or adds an eighth, half one in all."""
     return cv2.contourArea(ring.astype(np.float32)) + 0.5
 
 
 def simplified(ring: np.ndarray, may_change: float) -> np.ndarray:
-    """The ring with fewer corners, so that at most so many pixels change sides."""
+    """Return the ring with fewer corners, so that at most `may_change` pixels change sides."""
     shift = ring.min(0).round() - 1.5  # into a box of its own, in which the centres are polygon_mask's
     size = tuple(np.ceil(ring.max(0) - shift).astype(int)[::-1] + 1)
     exact = polygon_mask([ring - shift], size)
@@ -104,7 +110,7 @@ def simplified(ring: np.ndarray, may_change: float) -> np.ndarray:
 
 
 def with_slits(rings: list[np.ndarray]) -> np.ndarray:
-    """An outer ring and those of its holes as one, with a slit to the leftmost corner of each hole."""
+    """Join an outer ring and those of its holes to one, with a slit to the leftmost corner of each hole."""
     whole, *holes = rings
     for hole in sorted(holes, key=lambda hole: hole[:, 0].min()):
         around = np.roll(hole, -hole[:, 0].argmin(), 0)
@@ -114,11 +120,11 @@ def with_slits(rings: list[np.ndarray]) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Run lengths <-> masks
+# Run lengths <-> masks. Runs go along the rows (order "C", as numpy calls it) or down the columns ("F").
 
 
 def rle_encode(mask: np.ndarray) -> str:
-    """Runs of a mask (H, W), which is foreground where it is not 0: "start length start length ...".
+    """Return the runs of a mask (H, W), which is foreground where it is not 0: "start length start length ...".
 
     Pixels count from 1, row by row from the top left; an empty mask gives "".
     https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
@@ -126,47 +132,47 @@ def rle_encode(mask: np.ndarray) -> str:
     pixels = np.zeros(mask.size + 2, bool)  # with background before the first and after the last
     pixels[1:-1] = mask.ravel() != 0
     changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    changes[1::2] -= changes[::2]
-    return " ".join(map(str, changes.tolist()))
+    starts, ends = changes[::2], changes[1::2]
+    return " ".join(f"{start} {end - start}" for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
 
 
-def rle_decode(runs: str, size: tuple[int, int]) -> np.ndarray:
-    """The mask of that (height, width) that rle_encode has encoded: uint8 (H, W) in {0, 1}."""
+def rle_decode(runs: str, size: tuple[int, int], order: str = "C") -> np.ndarray:
+    """Return the mask of Kaggle's runs, as rle_encode writes them: bool (H, W).
+
+    Raises ValueError for what is no pairs of start and length, and for runs that do not fit `size`, (height, width).
+    """
     numbers = np.array(runs.split(), np.int64)
-    mask = np.zeros(size, np.uint8)
-    for start, length in zip(numbers[::2] - 1, numbers[1::2], strict=True):
-        mask.ravel()[start : start + length] = 1
-    return mask
+    if len(numbers) % 2:
+        raise ValueError("its runs are not pairs of start and length")
+    starts, lengths = numbers[::2] - 1, numbers[1::2]
+    mask = np.zeros(size[0] * size[1], bool)
+    if (starts < 0).any() or (lengths < 1).any() or (lengths > len(mask) - starts).any():
+        raise ValueError(f"its runs do not fit {size[1]} x {size[0]} pixels")
+    for start, length in zip(starts, lengths, strict=True):
+        mask[start : start + length] = True
+    return mask.reshape(size, order=order)
 
 
 def counts_mask(counts: list[int], size: tuple[int, int], order: str = "C") -> np.ndarray:
-    """Of run lengths, alternately background and object, along the rows (order "C") or down the columns ("F")."""
+    """Return the mask, bool (H, W), of run lengths that are background and object by turns.
+
+    Raises ValueError where they do not fill `size`, (height, width).
+    """
     counts, pixels = np.array(counts, np.int64), size[0] * size[1]
     if counts.sum() != pixels or (counts < 0).any() or pixels > 1e9:
         raise ValueError(f"its run lengths do not fill {size[1]} x {size[0]} pixels")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size, order=order)
 
 
-def runs_mask(runs: str, is_by_rows: bool, size: tuple[int, int]) -> np.ndarray:
-    """Of Kaggle's "start length start length ...", from 1, along the rows or down the columns."""
-    numbers = np.array(runs.split(), np.int64)
-    if len(numbers) % 2:
-        raise ValueError("its runs are not pairs of start and length")
-    numbers = numbers.reshape(-1, 2)
-    if (numbers < 1).any() or numbers.sum(1).max(initial=0) > size[0] * size[1] + 1:
-        raise ValueError(f"its runs do not fit {size[1]} x {size[0]} pixels")
-    return (rle_decode(runs, size) if is_by_rows else rle_decode(runs, size[::-1]).T) == 1
-
-
 def coco_mask(counts: list[int] | str, own_size: list[int], size: tuple[int, int]) -> np.ndarray:
-    """Of COCO's run lengths, as a list or as its text. Raises ValueError where they are of another size."""
+    """Return the mask, bool (H, W), of COCO's run lengths, a list or its text. Raises ValueError for another size."""
     if tuple(own_size) != size:
         raise ValueError(f"its mask is {own_size[1]} x {own_size[0]}, but its photo {size[1]} x {size[0]}")
     return counts_mask(coco_counts(counts) if isinstance(counts, str) else counts, size, "F")
 
 
 def coco_counts(text: str) -> list[int]:
-    """Run lengths from COCO's text: 5 bits a character, the lowest first, and bit 5 where another one follows.
+    """Decode run lengths from COCO's text: 5 bits a character, the lowest first, and bit 5 where another one follows.
 
     From the fourth number on they are differences to the last but one.
     https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c, rleFrString

@@ -5,19 +5,19 @@ import time
 from pathlib import Path
 
 import dataset
-from machinery import decoding
+from machinery import samples
 
 if __name__ == "__main__":
     images, masks, cache, delay = sys.argv[1:]
-    read_sample, count = decoding.read_sample, []
+    read_sample, count = samples.read_sample, []
 
     def slowly(*args):
         time.sleep(float(delay))
         count.append(1)
         return read_sample(*args)
 
-    decoding.read_sample = slowly
-    decoding.NUM_THREADS = 2
+    samples.read_sample = slowly
+    samples.NUM_THREADS = 2
     data = dataset.CarvanaDataset(Path(images), Path(masks), (32, 48))
     print("building", flush=True)
     data.prepare(Path(cache))

@@ -3,21 +3,28 @@ import os
 import shutil
 from pathlib import Path
 
-import predict
-import train
-import utils
-from machinery.decoding import read_image
-from machinery.sample_data import draw_dataset
-from model import UNet
-
 os.environ["OMP_NUM_THREADS"] = "1"  # in child processes, too: tiny networks' threads wait for one another
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for a process that runs no script of this folder
 import numpy as np
 import pytest
 import torch
 
+import predict
+import train
+import utils
+from machinery import report
+from machinery.decoding import read_image
+from machinery.sample_data import draw_dataset
+from model import UNet
+
 PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SMALL = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", "0"]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run what is chosen by name, by -k or by -m (a GPU's tests) in this process: others take seconds to start."""
+    is_chosen = config.option.keyword or config.option.markexpr or any("::" in name for name in config.args)
+    return 0 if is_chosen else None
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +44,22 @@ def project(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.fixture
-def run_train():
-    """Runs train.py with a tiny network at a tiny size."""
+def run_train(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Runs train.py with a tiny network at a tiny size.
+
+    The curves, which take matplotlib a third of that time, are empty outside of test_report.py and test_report_page.py.
+    """
+    if "report" not in request.module.__name__:
+        monkeypatch.setattr(report, "draw_curves", lambda history, path: path.touch())
     return lambda *flags: train.main([*SMALL, *flags])
+
+
+def leave_photos(train: int, val: int) -> None:
+    """Leave so many of a project's 64 photos for training and of its 32 for validation."""
+    for folder, number in (("train", train), ("val", val)):
+        for photo in sorted(Path(f"data/{folder}_images").iterdir())[number:]:
+            photo.unlink()
+            Path(f"data/{folder}_masks/{photo.stem}_mask.gif").unlink()
 
 
 @pytest.fixture
@@ -66,8 +86,8 @@ def save_network(model: UNet) -> None:
 
 
 def rows() -> list[dict[str, str]]:
-    """utils.csv of the run in the working directory."""
-    with Path("saved_images/utils.csv").open() as file:
+    """metrics.csv of the run in the working directory."""
+    with Path("saved_images/metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 

@@ -1,13 +1,10 @@
-"""Runs demo.py, and prints each address that this process connects to or looks up, and each run of the network."""
+"""Runs tools.demo, and prints each address that this process connects to or looks up, and each run of the network."""
 
 import sys
-from pathlib import Path
 
 import predict
 from machinery import errors
 from tools import demo
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def note(event: str, args: tuple) -> None:

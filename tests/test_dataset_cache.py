@@ -1,7 +1,10 @@
 """The cache when processes are killed, and when several start together: real processes."""
 
+import json
 import os
+import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +12,12 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 import train
 from dataset import CarvanaDataset
+from machinery.decoding import Rule
 from machinery.files import written_whole
 
 ROOT = Path(train.__file__).parent
@@ -23,8 +30,10 @@ def build(drawn: Path, cache: Path, delay: float) -> subprocess.Popen:
     return subprocess.Popen([*script, *folders, str(delay)], stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def samples(cache: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in cache.iterdir() if path.suffix in (".samples", ".json")}
+def samples(cache: Path) -> list[tuple[dict, bytes]]:
+    """Each index of a cache, and the samples that it names."""
+    indices = [json.loads(path.read_text()) for path in cache.glob("*.json")]
+    return [(index, (cache / index.pop("samples")).read_bytes()) for index in indices]
 
 
 def test_a_build_that_is_killed_leaves_nothing_half_written(drawn, tmp_path):
@@ -38,10 +47,59 @@ def test_a_build_that_is_killed_leaves_nothing_half_written(drawn, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         if cache.exists():
-            assert samples(cache) in ({}, samples(tmp_path / "undisturbed"))
+            assert samples(cache) in ([], samples(tmp_path / "undisturbed"))
     CarvanaDataset(drawn / "train_images", drawn / "train_masks", (32, 48)).prepare(cache)
     assert samples(cache) == samples(tmp_path / "undisturbed")
-    assert not list(cache.glob("*.tmp"))
+    assert len(list(cache.glob("*.samples"))) == 1 and not list(cache.glob("*.tmp"))
+
+
+def test_a_cache_that_another_experiment_has_rebuilt_is_still_this_ones(drawn, tmp_path):
+    """As long as this one lives; a worker that does not fork opens it later."""
+    folders = drawn / "train_images", drawn / "train_masks"
+    mine, cache = CarvanaDataset(*folders, (32, 48)), tmp_path / "cache"
+    mine.prepare(cache, Rule(brightest={"colours": 1.0}))
+    worker = pickle.loads(pickle.dumps(mine))
+    CarvanaDataset(*folders, (32, 48)).prepare(cache, Rule(brightest={"colours": 1.0}), (1,))
+    np.testing.assert_array_equal(worker[3][1], mine[3][1])
+    assert worker.cache_file == mine.cache_file
+
+    before = mine[3]
+    del mine, worker
+    CarvanaDataset(*folders, (32, 48)).prepare(cache)
+    assert len(list(cache.glob("*.samples"))) == 1  # what nobody holds any more is gone
+    assert before[0].any()
+
+
+def test_a_cache_that_somebody_deletes_is_decoded_again(drawn, tmp_path):
+    data = CarvanaDataset(drawn / "train_images", drawn / "train_masks", (32, 48))
+    data.prepare(tmp_path / "cache")
+    worker, expected = pickle.loads(pickle.dumps(data)), data[0]
+    shutil.rmtree(tmp_path / "cache")
+    for found, wanted in zip(worker[0], expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_kill_before_the_index_is_there_leaves_the_old_samples(drawn, tmp_path, monkeypatch):
+    """The same files by another rule: the index and the samples that are found belong together."""
+    folders, cache = (drawn / "train_images", drawn / "train_masks"), tmp_path / "cache"
+    first = CarvanaDataset(*folders, (32, 48))
+    first.prepare(cache)
+    before = samples(cache)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        CarvanaDataset(*folders, (48, 32)).prepare(cache)
+    with pytest.raises(KeyboardInterrupt):
+        CarvanaDataset(*folders, (32, 48)).prepare(cache, Rule(is_labels=False, brightest={"colours": 255.0}))
+    assert samples(cache) == before
+    monkeypatch.undo()
+    again = CarvanaDataset(*folders, (32, 48))
+    again.prepare(cache)
+    for found, wanted in zip(again[5], first[5], strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_of_processes_that_start_together_one_builds(drawn, tmp_path):

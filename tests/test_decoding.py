@@ -531,8 +531,8 @@ def test_boundaries_in_void_count_for_nothing():
     wrong_in_void, wrong = mask.copy(), mask.copy()
     wrong_in_void[30:70, 37:50] = False
     wrong[30:70, 80:100] = False
-    assert predict.boundary_f1(wrong_in_void, mask, known) == 1
-    assert predict.boundary_f1(wrong, mask, known) < 0.9
+    assert utils.boundary_f1(wrong_in_void, mask, known) == 1
+    assert utils.boundary_f1(wrong, mask, known) < 0.9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

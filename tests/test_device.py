@@ -1,7 +1,5 @@
 """Devices that this machine may lack: GPUs are simulated, with fake tensors, which have shapes but no values."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 import utils
-from machinery import device
+from dataset import Batches
+from machinery import device, processes
 from machinery.errors import UserError
 from machinery.settings import parse_settings
 
@@ -46,9 +45,9 @@ def gpus(monkeypatch):
     return simulate
 
 
-def torchrun(monkeypatch, processes: int, local_rank: int) -> None:
-    monkeypatch.setattr(processes, "WORLD_SIZE", processes)
-    monkeypatch.setattr(processes, "LOCAL_WORLD_SIZE", processes)
+def torchrun(monkeypatch, count: int, local_rank: int) -> None:
+    monkeypatch.setattr(processes, "WORLD_SIZE", count)
+    monkeypatch.setattr(processes, "LOCAL_WORLD_SIZE", count)
     monkeypatch.setattr(processes, "LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
 
@@ -69,14 +68,13 @@ def test_training_starts_on_the_gpu(gpus, name, project, run_train, monkeypatch)
     class Reached(Exception):
         pass
 
-    def new_state(_, chosen, *__):
-        assert (chosen.device, chosen.precision) == (torch.device("cuda", 0), torch.bfloat16)
+    def move(model, device, **_):
+        assert (device, current) == (torch.device("cuda", 0), [0])
         raise Reached
 
-    monkeypatch.setattr(train, "new_state", new_state)
+    monkeypatch.setattr(torch.nn.Module, "to", move)
     with pytest.raises(Reached):
         run_train("--device", name)
-    assert current == [0]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +172,7 @@ def on_cuda(gpus, monkeypatch):
     with FakeTensorMode():
         with monkeypatch.context() as patched, CUDA:  # building only: what follows has to name its device
             patched.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+            patched.setattr(device, "tune", lambda _: None)
             state = train.new_state(s, CUDA_BF16, 0.2, 64)
         images = torch.randn(4, 3, 32, 48, device=CUDA).contiguous(memory_format=torch.channels_last)
         masks = (torch.rand(4, 1, 32, 48, device=CUDA) < 0.2).float()
@@ -207,7 +206,7 @@ def test_validation_counts_on_the_gpu(on_cuda):
 
     class Loader:
         def __init__(self, batches: int) -> None:
-            self.dataset, self.batch_sampler = SimpleNamespace(shown=None), utils.Batches(4 * batches, 4)
+            self.batch_sampler = Batches(4 * batches, 4)
 
         def __iter__(self):
             batch = images.permute(0, 2, 3, 1).byte(), masks[:, 0].byte()

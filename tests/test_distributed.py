@@ -55,11 +55,12 @@ def test_only_lost_processes_are_called_lost(group, error, is_lost):
 
 def test_an_error_in_a_group_ends_the_process_at_once():
     code = (
-        "import atexit, os, time, torch.distributed as dist, distributed, utils\n"
+        "import atexit, time, torch.distributed as dist\n"
+        "from machinery import errors\n"
         "def main():\n"
         "    dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', world_size=1, rank=0)\n"
         "    atexit.register(time.sleep, 60)  # as NCCL may wait for the others\n"
-        "    raise UserError('no photos: add some')\n"
+        "    raise errors.UserError('no photos: add some')\n"
         "errors.run(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)

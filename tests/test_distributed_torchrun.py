@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, rows, same
+from conftest import SMALL, leave_photos, rows, same
+from forked import start_processes
 
 import train
 
-ROOT = Path(train.__file__).parent
-PLAIN = ROOT / "tests" / "train_plainly.py"
+TRAIN, PLAIN = Path(train.__file__), Path(__file__).with_name("train_plainly.py")
 CHECKPOINT = Path("my_checkpoint.pth.tar")
 
 
-def torchrun(*flags: str, processes: int = 2, script: Path = ROOT / "train.py", **options) -> subprocess.Popen:
+def torchrun(*flags: str, processes: int = 2, script: Path = TRAIN, **options) -> subprocess.Popen:
     """Starts so many processes on this machine; `flags` are the script's, a dictionary in options torchrun's."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher += [f"--{name}={value}" for name, value in options.items()]
@@ -59,15 +59,15 @@ def weights(path: Path | str = CHECKPOINT) -> dict[str, torch.Tensor]:
     return torch.load(path)["state_dict"]  # utils.load_checkpoint would refuse a network without BatchNorm
 
 
-def leave_photos(number: int) -> None:
-    for photo in sorted(Path("data/train_images").iterdir())[number:]:
-        photo.unlink()
-        Path(f"data/train_masks/{photo.stem}_mask.gif").unlink()
+def without_torchrun(processes: int, script: Path, *flags: str) -> str:
+    """What so many processes print when nothing starts them again or stops them, which saves torchrun's own start."""
+    started = start_processes(processes, script, *SMALL, "--precision", "fp32", *flags)
+    assert [process.status(120) for process in started] == [0] * processes, started[0].output()
+    return "".join(process.output() for process in started)
 
 
 def alone(*flags: str) -> None:
-    command = [sys.executable, PLAIN, *SMALL, "--precision", "fp32", *flags]
-    subprocess.run(command, check=True, capture_output=True)
+    without_torchrun(1, PLAIN, *flags)
 
 
 def close(some: dict, others: dict) -> bool:
@@ -75,17 +75,17 @@ def close(some: dict, others: dict) -> bool:
 
 
 def printed() -> list[str]:
-    """The scores of utils.csv to the last digit that is printed."""
+    """The scores of metrics.csv to the last digit that is printed."""
     return [f"{float(row[name]):.4f}" for row in rows() for name in ("val_loss", "pixel_accuracy", "dice", "iou")]
 
 
 @pytest.mark.parametrize(("processes", "crop", "batches"), [(2, [], 3), (3, [], 3), (3, ["--crop", "64", "64"], 11)])
 def test_several_processes_learn_what_one_learns(project, processes, crop, batches):
-    leave_photos(61)  # the last batch begins again
+    leave_photos(61, 32)  # the last batch begins again
     flags = ["--num-epochs", "1", "--batch-size", "12", "--accumulation", "2", *crop]
     alone(*flags, "--checkpoint", "alone.pth.tar")
     wanted = printed()
-    out = done(torchrun(*flags, processes=processes, script=PLAIN))
+    out = without_torchrun(processes, PLAIN, *flags)
     assert out.count("epoch  train_loss") == out.count("Dice of the best weights") == 1
     assert close(weights("alone.pth.tar"), weights())
     assert printed() == wanted
@@ -110,7 +110,7 @@ def test_another_number_of_processes_goes_on_at_the_same_image(project):
 
 def test_a_killed_process_is_started_again_and_the_weights_are_the_same(project):
     flags = ["--num-epochs", "3", "--checkpoint-minutes", "0"]
-    done(torchrun(*flags, "--checkpoint", "whole.pth.tar"))
+    without_torchrun(2, TRAIN, *flags, "--checkpoint", "whole.pth.tar")
     process = torchrun(*flags, max_restarts=3)
     wait_for("  best", process)
     os.kill(children(process)[-1], signal.SIGKILL)
@@ -181,10 +181,10 @@ def start_machine(folder: Path, number: int, *flags: str) -> subprocess.Popen:
         "--rdzv-endpoint=10.77.0.1:29400",
         f"--rdzv-conf=is_host={1 - number}",
     ]
-    command += [f"--local-addr=10.77.0.{number + 1}", ROOT / "train.py", *SMALL, "--precision", "fp32", *flags]
+    command += [f"--local-addr=10.77.0.{number + 1}", TRAIN, *SMALL, "--precision", "fp32", *flags]
     return subprocess.Popen(
         command, cwd=folder / str(number), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"GLOO_SOCKET_IFNAME": f"wire{number}", "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"GLOO_SOCKET_IFNAME": f"wire{number}", "PYTHONUNBUFFERED": "1", "TIMEOUT_MINUTES": "0.2"},
     )  # fmt: skip
 
 
@@ -192,10 +192,10 @@ def start_machine(folder: Path, number: int, *flags: str) -> subprocess.Popen:
 def test_two_machines_learn_what_one_learns_and_a_cut_wire_loses_nothing(two_machines, monkeypatch):
     shutil.copytree(two_machines / "0", two_machines / "one")
     monkeypatch.chdir(two_machines / "one")
-    done(torchrun("--num-epochs", "3"))
+    without_torchrun(2, TRAIN, "--num-epochs", "3")
     wanted = weights()
 
-    flags = ["--num-epochs", "3", "--checkpoint-minutes", "0", "--timeout-minutes", "0.2"]
+    flags = ["--num-epochs", "3", "--checkpoint-minutes", "0"]
     machines = [start_machine(two_machines, number, *flags) for number in (0, 1)]
     monkeypatch.chdir(two_machines / "0")
     wait_for_checkpoint(machines[0])

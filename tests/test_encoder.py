@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import rows, same, weights
-from test_train_continue import Training
+from forked import Training
 from torch import nn
 
 import predict

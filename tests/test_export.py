@@ -1,4 +1,4 @@
-"""The ONNX file of export.py gives PyTorch's probabilities, and docs/export.md's lines give predict.py's masks."""
+"""The ONNX file of tools.export gives PyTorch's probabilities, and docs/export.md's lines give predict.py's masks."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the packages onnx
 onnx = pytest.importorskip("onnx", reason="needs the packages onnx, onnxscript and onnxruntime")
 pytest.importorskip("onnxscript", reason="needs the packages onnx, onnxscript and onnxruntime")
 
-DOCS = Path(export.__file__).parent / "docs/export.md"
+DOCS = Path(__file__).parents[1] / "docs/export.md"
 CHECKPOINT = Path("my_checkpoint_best.pth.tar")
 
 
@@ -150,8 +150,15 @@ def test_files_of_the_user_are_never_overwritten(folder, monkeypatch):
     others = onnx.helper.make_model(onnx.helper.make_graph([], "theirs", [], [])).SerializeToString()
     for content in (b"mine", others):
         Path("car.onnx").write_bytes(content)
-        assert "car.onnx was not written by export.py: move it away" in error_of()
+        assert "car.onnx was not written by tools.export: move it away" in error_of()
         assert Path("car.onnx").read_bytes() == content
+
+
+def test_files_of_the_command_export_py_are_still_ours(folder):
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "ours", [], []))
+    onnx.helper.set_model_props(model, {"software": "export.py (U-Net for Carvana)"})
+    onnx.save(model, "car.onnx")
+    assert export.is_ours(Path("car.onnx"))
 
 
 @pytest.mark.parametrize("package", export.PACKAGES)
@@ -169,4 +176,4 @@ def test_what_cannot_be_read_or_written_is_named(folder):
     save_network(random_network(), 32, 48)
     assert "--output: text cannot be written" in error_of("--output", "text/car.onnx")
     Path("car.onnx").mkdir()
-    assert "car.onnx was not written by export.py" in error_of()
+    assert "car.onnx was not written by tools.export" in error_of()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def test_every_format_gives_the_same_mask(kind, capsys):
     lines = capsys.readouterr().out.splitlines()
     share = f"{100 * inside(CAR).mean():.1f}"
     assert lines[1].split() == [label, "1", "1", share, "%"] and lines[2].endswith("not asked for")
-    assert lines[-1] == "python split_data.py out/images out/masks"
+    assert lines[-1] == "python -m tools.split_data out/images out/masks"
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -383,6 +384,33 @@ def test_yolo_in_the_usual_folders_with_and_without_names(names, capsys):
     assert "Shapes without an area (points, lines, boxes of COCO and YOLO): 2" in out
 
 
+@pytest.mark.parametrize(("names", "label"), [
+    ("['van, red', 'the driver''s car']", "the driver's car"),
+    (r'{0: van, 1: "a \"car\" \u00e9, blue"}', 'a "car" é, blue'),
+    ("\n  1: >\n    a car\n    of two lines\n", "a car of two lines"),
+    ("[on, no]", "no"),  # which YAML would take for false
+])  # fmt: skip
+def test_names_of_yolo_are_what_yaml_says(names, label):
+    photo("photos/a.jpg")
+    write("photos/a.txt", yolo_row(1, CAR))
+    write("photos/data.yaml", f"nc: 2\nnames: {names}\ntrain: images\n")
+    make("photos", "--label", label, "--output-dir", "out")
+    assert np.array_equal(mask_of("a", "out") > 0, inside(CAR))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("nc: 1\nnames: [car, van\n", "line 3"), ("names: {car: 0}", "'car'"), ("names: \0", "#x0000")],
+)
+def test_a_broken_yaml_with_names_is_named_and_others_are_passed_over(content, reason):
+    photo("photos/a.jpg")
+    write("photos/a.txt", yolo_row(0, CAR))
+    write("photos/data.yaml", content)
+    assert "photos/data.yaml cannot be read (" in error_of("photos") and reason in error_of("photos")
+    write("photos/data.yaml", "{% template: [of another program")
+    make("photos", "--output-dir", "out")
+
+
 def test_tables_of_other_challenges_count_down_the_columns():
     photo("photos/a.jpg")
     photo("photos/b.jpg")
@@ -572,6 +600,9 @@ def test_the_same_command_again_replaces_its_own_output_and_nothing_else():
     make(".")
     assert np.array_equal(mask_of("a") > 0, inside(VAN)) and len(list(Path("masks_of_car/images").iterdir())) == 1
     assert not [path for path in Path().iterdir() if path.name.startswith(".")]
+    written = ("images/a.jpg", "masks/a_mask.png")  # the list of these has the form that make_masks.py gave it
+    checksums = {name: zlib.crc32(Path("masks_of_car", name).read_bytes()) for name in written}
+    assert json.loads(Path("masks_of_car/make_masks.json").read_text()) == checksums
 
     Image.new("L", SIZE[::-1], 255).save("masks_of_car/masks/a_mask.png")  # somebody has retouched it
     assert "masks_of_car/masks/a_mask.png" in error_of("photos")
@@ -596,7 +627,7 @@ def test_a_file_in_the_place_of_the_output_and_retouched_photos_are_not_lost():
     make("photos", "--label", "car")
     photo("retouched.jpg")
     Path("retouched.jpg").replace("masks_of_car/images/a.jpg")
-    assert "images/a.jpg was not written by make_masks.py, or changed" in error_of("photos", "--label", "car")
+    assert "images/a.jpg was not written by tools.make_masks, or changed" in error_of("photos", "--label", "car")
 
 
 def test_sizes_that_are_floats_and_two_images_of_one_id():

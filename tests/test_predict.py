@@ -23,7 +23,7 @@ from PIL import Image
 
 import predict
 import utils
-from machinery import decoding, errors, outputs
+from machinery import decoding, errors, outputs, shapes
 from machinery.decoding import read_mask
 from machinery.device import Device
 from model import UNet
@@ -123,17 +123,16 @@ def test_enlarging_finds_the_edges_of_the_photo():
     photo = np.repeat(photo.astype(np.uint8)[..., None], 3, 2)
     small = np.asarray(Image.fromarray(photo).resize((60, 40), Image.Resampling.BOX))
     mask = small[..., 0] < 120
-    found = decoding.enlarge(np.where(mask, 8, -8).astype(np.float32), small, photo) > 0.5
+    found = predict.enlarge(np.where(mask, 8, -8).astype(np.float32), small, photo) > 0.5
     nearest = np.kron(mask, np.ones((8, 8), bool))
     assert (found != truth).sum() < 0.3 * (nearest != truth).sum()
 
 
 def test_photos_smaller_than_the_networks_size_lose_nothing():
     logits = np.where(np.arange(400) % 40 < 4, np.float32(8), np.float32(-8))[:, None].repeat(100, 1)
-    probabilities = decoding.enlarge(logits, np.zeros((400, 100, 3), np.uint8), np.zeros((128, 32, 3), np.uint8))
-    assert (
-        (probabilities[:, 16] > 0.5).astype(int)[1:] > (probabilities[:, 16] > 0.5)[:-1]
-    ).sum() == 9  # and the first
+    probabilities = predict.enlarge(logits, np.zeros((400, 100, 3), np.uint8), np.zeros((128, 32, 3), np.uint8))
+    column = probabilities[:, 16] > 0.5
+    assert column[0] and (column[1:] & ~column[:-1]).sum() == 9
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (300, 1)])
@@ -266,7 +265,7 @@ def test_an_overlay_shows_the_photo_and_the_outline(photos):
     overlay, mask, photo = pixels("photo_overlay.png"), pixels("photo_mask.png"), np.asarray(Image.open("photo.png"))
     changed = (overlay != photo).any(2)
     assert changed[mask > 0].mean() > 0.9
-    assert (overlay == predict.OUTLINE).all(2).any()
+    assert (overlay == outputs.OUTLINE).all(2).any()
     far = ~np.asarray(Image.fromarray(mask).resize((96, 64))).astype(bool)
     assert changed[far].mean() < changed[mask > 0].mean()
 
@@ -296,6 +295,50 @@ def test_scores_are_of_the_masks_that_are_written(photos, capsys):
     assert f"{np.mean([float(row['dice']) for row in rows]):.4f}" in shown.splitlines()[-1]
 
 
+def test_a_new_metric_is_a_score_too(photos, capsys, monkeypatch):
+    run("data/val_images", "--mask-dir", "data/val_masks")
+    old, image_scores = scores(), utils.image_scores
+    assert list(old[0]) == ["photo", "dice", "iou", "pixel_accuracy", "boundary_f1"]
+
+    def more_scores(tp, fp, fn, tn):
+        return image_scores(tp, fp, fn, tn) | {"share_of_false_positives": fp / (tp + fp + fn + tn)}
+
+    monkeypatch.setattr(utils, "image_scores", more_scores)
+    capsys.readouterr()
+    run("data/val_images", "--mask-dir", "data/val_masks")  # over the scores.csv of before
+    assert list(scores()[0]) == ["photo", "dice", "iou", "pixel_accuracy", "share_of_false_positives", "boundary_f1"]
+    for row in (scores()[0], scores()[-1]):
+        stem = Path(row["photo"]).stem
+        wanted = read_mask(Path(f"data/val_masks/{stem}_mask.gif"))
+        false_positives = (pixels(f"{stem}_mask.png") > 0) & (wanted == 0)
+        assert float(row["share_of_false_positives"]) == pytest.approx(false_positives.mean())
+    shown = capsys.readouterr().out.splitlines()
+    names = "dice iou pixel_accuracy share_of_false_positives boundary_f1"
+    (heading,) = (number for number, line in enumerate(shown) if line.split() == names.split())
+    mean = np.mean([float(row["share_of_false_positives"]) for row in scores()])
+    assert shown[-1].split()[3] == f"{mean:.4f}" and len(shown) == heading + 7
+
+    def fewer_scores(*counts):
+        return {"dice": image_scores(*counts)["dice"]}
+
+    monkeypatch.setattr(utils, "image_scores", fewer_scores)
+    run("data/val_images", "--mask-dir", "data/val_masks")
+    assert list(scores()[0]) == ["photo", "dice", "boundary_f1"]
+    monkeypatch.setattr(utils, "image_scores", image_scores)
+    run("data/val_images", "--mask-dir", "data/val_masks")
+    assert scores() == old
+
+
+@pytest.mark.parametrize("line", ["photo,dice", "photo,dice,owner", "photo,size,boundary_f1", "my,dice,boundary_f1"])
+def test_a_table_of_scores_that_is_not_ours_is_kept(photos, line):
+    Path("predictions").mkdir()
+    Path("predictions/scores.csv").write_text(f"{line}\n1,2,3,4\n")
+    assert "predictions/scores.csv was not written by predict.py" in error_of(
+        "data/val_images", "--mask-dir", "data/val_masks"
+    )
+    assert Path("predictions/scores.csv").read_text() == f"{line}\n1,2,3,4\n"
+
+
 def test_training_ends_with_the_dice_that_predict_measures(project, run_train, capsys):
     run_train("--num-epochs", "1", "--learning-rate", "1e-2", "--precision", "fp32")
     last = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Dice of the best"))
@@ -311,7 +354,7 @@ def square(*box: int) -> np.ndarray:
 
 def test_boundary_f1_by_hand():
     def f1(prediction: np.ndarray, mask: np.ndarray) -> float:
-        return predict.boundary_f1(prediction > 0, mask > 0, np.ones(mask.shape, bool))
+        return utils.boundary_f1(prediction > 0, mask > 0, np.ones(mask.shape, bool))
 
     nothing, some = square(0, 0, 0, 0), square(100, 100, 200, 200)
     assert f1(some, some) == f1(nothing, nothing) == 1
@@ -337,8 +380,8 @@ def test_a_mask_without_photo_and_a_photo_without_mask_are_named(photos, capsys)
 @settings(deadline=None)
 @given(arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 1)))
 def test_run_lengths_decode_to_what_was_encoded(mask):
-    np.testing.assert_array_equal(outputs.rle_decode(outputs.rle_encode(mask), mask.shape), mask)
-    np.testing.assert_array_equal(outputs.rle_decode(outputs.rle_encode(mask * 255), mask.shape), mask)
+    np.testing.assert_array_equal(shapes.rle_decode(shapes.rle_encode(mask), mask.shape), mask)
+    np.testing.assert_array_equal(shapes.rle_decode(shapes.rle_encode(mask * 255), mask.shape), mask)
 
 
 @pytest.mark.parametrize(
@@ -353,8 +396,8 @@ def test_run_lengths_decode_to_what_was_encoded(mask):
     ],
 )
 def test_run_lengths_by_hand(mask, runs):
-    assert outputs.rle_encode(np.array(mask)) == runs
-    np.testing.assert_array_equal(outputs.rle_decode(runs, np.shape(mask)), mask)
+    assert shapes.rle_encode(np.array(mask)) == runs
+    np.testing.assert_array_equal(shapes.rle_decode(runs, np.shape(mask)), mask)
 
 
 def rows_of(path: str) -> dict[str, str]:
@@ -366,7 +409,7 @@ def rows_of(path: str) -> dict[str, str]:
     return rows
 
 
-@pytest.mark.parametrize("name", ["outputs.csv", "outputs.csv.gz"])
+@pytest.mark.parametrize("name", ["submission.csv", "submission.csv.gz"])
 def test_a_submission_holds_the_masks_and_nothing_else_is_written(photos, name):
     run("data/val_images", "--submission", name)
     assert not Path("predictions").exists() and not list(Path().glob("*.part"))
@@ -374,7 +417,7 @@ def test_a_submission_holds_the_masks_and_nothing_else_is_written(photos, name):
     assert list(rows) == [photo.name for photo in photos]
     run(photos[5])
     np.testing.assert_array_equal(
-        outputs.rle_decode(rows[photos[5].name], (64, 96)) * 255, pixels(f"{photos[5].stem}_mask.png")
+        shapes.rle_decode(rows[photos[5].name], (64, 96)) * 255, pixels(f"{photos[5].stem}_mask.png")
     )
 
 
@@ -385,35 +428,35 @@ def test_a_killed_run_goes_on_where_it_was(photos, monkeypatch):
         for photo in photos:
             many.append(photo.with_name(f"{number}_{photo.name}"))
             os.link(photo, many[-1])
-    command = [sys.executable, predict.__file__, *map(str, many), "--submission", "outputs.csv.gz"]
+    command = [sys.executable, predict.__file__, *map(str, many), "--submission", "submission.csv.gz"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(part.stat().st_size for part in Path().glob("*.part")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not Path("outputs.csv.gz").exists()
+    assert not Path("submission.csv.gz").exists()
     (part,) = Path().glob("*.part")
     kept = part.read_text().count("\n")
     assert 0 < kept < len(many)
 
     predicted = []
     finish = predict.finish
-    monkeypatch.setattr(predict, "finish", lambda *args: predicted.append(args[0]) or finish(*args))
-    run(*many, "--submission", "outputs.csv.gz")
+    monkeypatch.setattr(predict, "finish", lambda *args, **more: predicted.append(args[0]) or finish(*args, **more))
+    run(*many, "--submission", "submission.csv.gz")
     assert len(predicted) == len(many) - kept
-    rows = rows_of("outputs.csv.gz")
+    rows = rows_of("submission.csv.gz")
     assert rows.keys() == {photo.name for photo in many} and not list(Path().glob("*.part"))
     assert rows_of("whole.csv").items() <= rows.items()
 
 
 def test_rows_of_another_threshold_are_not_taken_over(photos):
     photos[3].write_bytes(b"")
-    error_of("data/val_images", "--submission", "outputs.csv")
-    before = rows_of("outputs.csv")
+    error_of("data/val_images", "--submission", "submission.csv")
+    before = rows_of("submission.csv")
     photos[3].unlink()
-    run("data/val_images", "--submission", "outputs.csv", "--threshold", "0.2")
-    assert any(rows_of("outputs.csv")[name] != before[name] for name in before)
+    run("data/val_images", "--submission", "submission.csv", "--threshold", "0.2")
+    assert any(rows_of("submission.csv")[name] != before[name] for name in before)
 
 
 def test_rows_of_photos_of_the_same_names_in_another_folder_are_not_taken_over(photos):
@@ -422,10 +465,10 @@ def test_rows_of_photos_of_the_same_names_in_another_folder_are_not_taken_over(p
         Path("other", photo.name).write_bytes(other.read_bytes())
     whole = photos[3].read_bytes()
     photos[3].write_bytes(b"")
-    error_of("data/val_images", "--submission", "outputs.csv")
+    error_of("data/val_images", "--submission", "submission.csv")
     photos[3].write_bytes(whole)
-    run("other", "--submission", "outputs.csv")
-    mixed = rows_of("outputs.csv")
+    run("other", "--submission", "submission.csv")
+    mixed = rows_of("submission.csv")
     run("other", "--submission", "other.csv")
     assert mixed == rows_of("other.csv")
 
@@ -433,11 +476,11 @@ def test_rows_of_photos_of_the_same_names_in_another_folder_are_not_taken_over(p
 def test_a_submission_goes_on_when_a_broken_photo_is_mended(photos):
     whole = photos[3].read_bytes()
     photos[3].write_bytes(b"")
-    assert "1 of 8" in error_of("data/val_images", "--submission", "outputs.csv")
-    assert len(rows_of("outputs.csv")) == 7
+    assert "1 of 8" in error_of("data/val_images", "--submission", "submission.csv")
+    assert len(rows_of("submission.csv")) == 7
     photos[3].write_bytes(whole)
-    run("data/val_images", "--submission", "outputs.csv")
-    assert len(rows_of("outputs.csv")) == 8
+    run("data/val_images", "--submission", "submission.csv")
+    assert len(rows_of("submission.csv")) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,10 +526,10 @@ MISTAKES = {
     "a folder without photos": (["empty"], "empty"),
     "a path that is not there": (["nowhere/*.jpg"], "nowhere/*.jpg"),
     "a folder that cannot be written": (["--output-dir", "notes.txt/out"], "notes.txt/out"),
-    "a submission that cannot be written": (["--submission", "notes.txt/outputs.csv"], "notes.txt"),
+    "a submission that cannot be written": (["--submission", "notes.txt/submission.csv"], "notes.txt"),
     "a submission that is something else": (["--submission", "notes.txt"], "notes.txt"),
     "a submission that is a photo": (["--submission", "data/val_images/x.gz"], "x.gz"),
-    "photos of one name in a submission": (["twin", "--submission", "outputs.csv"], "outputs.csv"),
+    "photos of one name in a submission": (["twin", "--submission", "submission.csv"], "submission.csv"),
     "scores over something else": (["--output-dir", "mine", "--mask-dir", "data/val_masks"], "scores.csv"),
     "a threshold out of range": (["--threshold", "1"], "--threshold"),
     "a size too small": (["--size", "8", "8"], "--size"),

@@ -1,11 +1,16 @@
+"""README and docs promise nothing that is not there."""
+
 import re
 from pathlib import Path
+
+import pytest
 
 import train
 from machinery.settings import parse_settings
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def first_block(section: str) -> str:
@@ -39,15 +44,22 @@ def test_what_it_says_to_change_is_there():
     table = README[README.index("| To change |") : README.index("## Settings")].splitlines()[2:]
     for row in [row for row in table if row.startswith("|")]:
         what, files = row.split("|")[2:4]
-        code = "".join((ROOT / name).read_text() for name in re.findall(r"`(\w+\.py)`", files))
+        code = "".join((ROOT / name).read_text() for name in re.findall(r"`([\w/]+\.py)`", files))
         for name in re.findall(r"`([\w ]+?)(?:\(\.\.\.\)| = \.\.\.)?`", what):
             assert name in code, name
 
 
-def test_it_is_short():
-    assert len(README.encode()) < 11_000
+def test_what_is_where_is_there():
+    for name in re.findall(r"^[\w/]+(?:\.py)?", first_block("What is where"), re.MULTILINE):
+        assert (ROOT / name).exists(), name
 
 
-def test_every_file_that_it_names_is_there():
-    for name in re.findall(r"`(\w+\.py)`|\((\w+[\w/]*\.(?:png|jpg|md))\)", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_file_and_picture_that_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for command in re.findall(r"python -m (\w+\.\w+)|`((?:tools|machinery)\.\w+)", text):
+        assert (ROOT / f"{max(command).replace('.', '/')}.py").exists(), command
+    for name in re.findall(r"python ([\w/]+\.py)|`([\w/]+\.py)`", text):
         assert (ROOT / max(name)).exists(), name
+    for name in re.findall(r"\(([\w/]+\.(?:png|jpg|md))\b", text):
+        assert (page.parent / name).exists(), name

@@ -2,6 +2,7 @@
 
 import base64
 import builtins
+import importlib.util
 import io
 import re
 import sys
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows
+from matplotlib.figure import Figure
 from PIL import Image
 
-import train
 import utils
-from machinery import report
+from machinery import report, runs
+from machinery.decoding import VOID
 from machinery.errors import UserError
 
 
@@ -26,6 +28,38 @@ def picture(path: str) -> np.ndarray:
 
 def page() -> str:
     return Path("saved_images/index.html").read_text(encoding="utf-8")
+
+
+def drawn_figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Return a list to which every figure of curves is added."""
+    figures = []
+
+    def figure(**options):
+        figures.append(Figure(**options))
+        return figures[-1]
+
+    monkeypatch.setattr(report, "Figure", figure)
+    return figures
+
+
+def curves(figure: Figure) -> dict[str, dict[str, list[float]]]:
+    """Return what a figure draws: title -> name of a line -> its values."""
+    return {
+        axes.get_title(): {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
+        for axes in figure.axes
+    }
+
+
+def has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def events(folder: str) -> object:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(folder)
+    found.Reload()
+    return found
 
 
 def test_errors_have_colours_and_the_truth_an_outline():
@@ -59,6 +93,92 @@ def test_there_is_an_overlay_of_every_batch(project, run_train):
     assert [path.name for path in Path("saved_images").glob("overlay_*")] == ["overlay_0.png"]
 
 
+def test_grids_have_four_columns_and_grey_lines(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), np.uint8)
+    report.save_grid(pictures, tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    wanted = np.full((2 + 2 * 8, 2 + 4 * 10, 3), 128, np.uint8)  # two rows, of which the second has one picture
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, 4)
+        wanted[2 + 8 * row : 8 + 8 * row, 2 + 10 * column : 10 + 10 * column] = picture
+    np.testing.assert_array_equal(grid, wanted)
+
+
+def test_a_grid_is_whole_or_not_there(tmp_path, monkeypatch):
+    def die(tensor, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torchvision.utils.save_image", die)
+    (tmp_path / "grid.png").write_bytes(b"the one before")
+    with pytest.raises(UserError, match=r"grid.png could not be written \(No space left on device\)"):
+        report.save_grid(np.zeros((1, 6, 8, 1), np.uint8), tmp_path / "grid.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the one before"]
+
+
+def test_saved_masks_are_black_and_white_and_grey_where_void(tmp_path):
+    predictions = np.zeros((2, 6, 8), bool)
+    predictions[0, :3] = True
+    masks = np.zeros((2, 6, 8), np.uint8)
+    masks[1, :, :4], masks[1, 5] = 1, VOID
+    utils.save_predictions_as_imgs(predictions, masks, 7, tmp_path)
+    prediction, truth = (np.asarray(Image.open(tmp_path / name).convert("L")) for name in ("pred_7.png", "7.png"))
+    np.testing.assert_array_equal(prediction[2:8, 2:10], predictions[0] * 255)
+    assert not prediction[2:8, 12:20].any() and not truth[2:8, 2:10].any()
+    assert (truth[2:7, 12:16] == 255).all() and (truth[2:7, 16:20] == 0).all() and (truth[7, 12:20] == 128).all()
+
+
+def test_a_new_metric_is_one_line(project, run_train, monkeypatch, capsys):
+    """Of utils.image_scores: it is in the console's table, metrics.csv, the curves, the page and TensorBoard."""
+    image_scores = utils.image_scores
+
+    def more_scores(tp, fp, fn, tn):
+        return image_scores(tp, fp, fn, tn) | {"sensitivity": tp / (tp + fn)}
+
+    monkeypatch.setattr(utils, "image_scores", more_scores)
+    figures = drawn_figures(monkeypatch)
+    flags = ["--tensorboard-dir", "runs"] if has_tensorboard() else []
+    run_train("--num-epochs", "2", *flags)
+
+    names = "epoch train_loss val_loss pixel_accuracy dice iou sensitivity learning_rate seconds images_per_second"
+    assert list(rows()[0]) == names.split()
+    values = [float(row["sensitivity"]) for row in rows()]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    console = names.replace(" learning_rate", "").replace(" images_per_second", "").split()
+    heading = lines.index(console)
+    shown = [line[6] for line in lines[heading:] if line and line[0] in ("1", "2")]
+    assert shown == [f"{value:.4f}" for value in values]
+    assert curves(figures[-1])["Sensitivity"] == {"sensitivity": pytest.approx(values)}
+    assert '<th scope="col">sensitivity</th>' in page()
+    assert all(f"<td>{value:.4g}</td>" in page() for value in values)
+    if flags:
+        logged = events("runs").Scalars("sensitivity")
+        assert [event.value for event in logged] == pytest.approx(values)
+
+
+def test_a_new_metric_leaves_a_gap_where_a_run_had_none(project, run_train, monkeypatch):
+    run_train("--num-epochs", "2")
+    image_scores = utils.image_scores
+    monkeypatch.setattr(utils, "image_scores", lambda *counts: image_scores(*counts) | {"half": counts[0] * 0 + 0.5})
+    figures = drawn_figures(monkeypatch)
+    run_train("--num-epochs", "3", "--load-model")
+    assert [row["half"] for row in rows()] == ["", "", "0.5"]
+    assert curves(figures[-1])["Half"] == {"half": pytest.approx([np.nan, np.nan, 0.5], nan_ok=True)}
+    assert len({axes.get_xlim() for axes in figures[-1].axes}) == 1
+    assert '<th scope="col">half</th>' in page() and page().count("<td></td>") == 2
+
+
+def test_curves_share_axes_where_their_ranges_are_alike(project, run_train, monkeypatch):
+    figures = drawn_figures(monkeypatch)
+    run_train("--num-epochs", "1")
+    assert {title: list(lines) for title, lines in curves(figures[-1]).items()} == {
+        "Loss": ["train_loss", "val_loss"],
+        "Dice and IoU": ["dice", "iou"],
+        "Pixel accuracy": ["pixel_accuracy"],
+        "Learning rate": ["learning_rate"],
+    }
+
+
 def test_curves_and_page_go_on_with_the_run(project, run_train):
     run_train("--num-epochs", "1")
     assert picture("curves.png").shape == (600, 800, 3)
@@ -78,8 +198,9 @@ def test_the_page_shows_each_photos_dice_worst_first(project, run_train):
     assert np.mean(shown) == pytest.approx(float(rows()[2]["dice"]), abs=1e-9)
 
 
-def test_of_many_photos_the_page_shows_some(project, run_train):
-    run_train("--num-epochs", "1", "--page-photos", "5")
+def test_of_many_photos_the_page_shows_some(project, run_train, monkeypatch):
+    monkeypatch.setattr(report, "PAGE_PHOTOS", 5)
+    run_train("--num-epochs", "1")
     names = sorted(re.findall('data-name="(.*?)"', page()))
     all_names = sorted(path.name for path in Path("data/val_images").iterdir())
     assert names == [all_names[index] for index in (0, 8, 16, 23, 31)]
@@ -101,7 +222,7 @@ def test_a_page_that_cannot_be_written_ends_the_run_with_a_sentence(project, run
 
 def test_a_log_has_a_line_a_minute_instead_of_a_bar(project, run_train, monkeypatch, capsys):
     now = iter(range(0, 100_000, 25))
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(now))
     run_train("--num-epochs", "1")
     out, err = capsys.readouterr()
     assert re.search(r"^epoch 1/1: \d+ of 64 images, loss 0\.\d{4}$", out, re.MULTILINE)
@@ -110,23 +231,20 @@ def test_a_log_has_a_line_a_minute_instead_of_a_bar(project, run_train, monkeypa
 
 def test_tensorboard_gets_scores_overlays_and_settings(project, run_train):
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run_train("--num-epochs", "2", "--tensorboard-dir", "runs")
-    events = EventAccumulator("runs")
-    events.Reload()
-    assert [event.step for event in events.Scalars("dice")] == [1, 2]
-    assert events.Scalars("dice")[1].value == pytest.approx(float(rows()[1]["dice"]))
-    assert [event.step for event in events.Images("overlay_0")] == [1, 2]
-    assert "LEARNING_RATE = 0.05".lower() in str(events.Tensors("settings/text_summary")[0]).lower()
+    logged = events("runs")
+    assert [event.step for event in logged.Scalars("dice")] == [1, 2]
+    assert logged.Scalars("dice")[1].value == pytest.approx(float(rows()[1]["dice"]))
+    assert [event.step for event in logged.Images("overlay_0")] == [1, 2]
+    assert "learning_rate = 0.05" in str(logged.Tensors("settings/text_summary")[0])
 
 
 def test_an_epochs_pictures_are_skipped_where_those_before_are_not_done(project, run_train, monkeypatch, capsys):
     second, begin, draw = threading.Event(), report.Report.begin, report.Report._draw_run
 
-    def note_second(self, epoch):
+    def note_second(self, epoch, is_last):
         try:
-            return begin(self, epoch)
+            return begin(self, epoch, is_last)
         finally:
             if epoch == 2:
                 second.set()

@@ -7,6 +7,7 @@ from PIL import Image
 
 from machinery import sample_data
 from machinery.decoding import read_mask
+from machinery.errors import UserError
 from machinery.files import find_pairs
 
 
@@ -68,7 +69,7 @@ def test_every_body_is_one_piece_without_holes():
 
 def test_an_existing_folder_is_not_touched(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="not empty"):
+    with pytest.raises(UserError, match="is not empty: remove it, or choose another --output-dir"):
         sample_data.main(["--output-dir", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -1,13 +1,16 @@
 """The constants at the top of train.py are the settings, and each is a flag."""
 
+import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SMALL, rows
 
 import train
 from machinery.errors import UserError
-from machinery.settings import parse_settings
+from machinery.settings import Constant, constants_of, parse_settings
 
 
 def test_every_constant_is_a_flag_and_the_only_default():
@@ -59,17 +62,72 @@ def test_help_shows_every_constant_with_its_comment_and_default(capsys):
         assert "--" + name.replace("_", "-") in text
 
 
-@pytest.mark.parametrize(
-    ("photos", "epochs", "said"),
-    [
-        (20, 3, "20 photos: 3 epochs are 15 steps; --num-epochs 60 takes about 4 min.\n"),
-        (50, 3, "50 photos: 3 epochs are 39 steps; --num-epochs 30 takes about 2 min.\n"),
-        (1, 3, "1 photos: 3 epochs are 3 steps; --num-epochs 300 takes about 20 min.\n"),
-        (20, 60, ""),
-        (128, 3, ""),  # the quick start
-    ],
-)
-def test_a_run_of_few_steps_says_what_more_would_take(photos, epochs, said, capsys):
-    settings = parse_settings(vars(train), ["--num-epochs", str(epochs)])
-    advise_on_epochs(settings, photos, seconds=4.0)
-    assert capsys.readouterr().out == said
+def test_comments_and_annotations_are_read_whatever_the_spacing():
+    found = constants_of(
+        'A:str|None="#1"#of A\n'
+        "B :  tuple[ int,... ] | None   =   None     #   of B\n"
+        "C = (  # not of C as a whole\n    1,\n    2,\n)  # of C\n"
+        "D, E = 1, 2\n"
+        "lower = 1  # no constant\n"
+        "F = 1\n"
+        "# of nothing\n"
+    )
+    assert found == {
+        "A": Constant(may_be_none=True, is_tuple=False, comment="of A"),
+        "B": Constant(may_be_none=True, is_tuple=True, comment="of B"),
+        "C": Constant(may_be_none=False, is_tuple=False, comment="of C"),
+        "F": Constant(may_be_none=False, is_tuple=False, comment=""),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a run
+
+
+FACTOR = """
+FACTOR = 2.0  # of the loss
+plain_losses = image_losses
+
+
+def image_losses(*args, **more):
+    return FACTOR * plain_losses(*args, **more)
+"""
+
+
+def test_a_constant_that_a_user_adds_follows_its_flag_wherever_it_is_read(project):
+    path = Path("edited.py")
+    path.write_text(Path(train.__file__).read_text() + FACTOR)
+    spec = importlib.util.spec_from_file_location("edited", path)
+    edited = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(edited)
+
+    def first_loss(*flags: str) -> float:
+        edited.main([*SMALL, "--num-epochs", "1", "--batch-size", "64", *flags])
+        return float(rows()[0]["train_loss"])
+
+    doubled = first_loss()
+    assert first_loss("--factor", "0.5") == pytest.approx(doubled / 4)
+    assert edited.FACTOR == 2
+    assert first_loss() == doubled  # the flag of a run before is forgotten
+    with pytest.raises(UserError, match="nowhere"):
+        first_loss("--factor", "3", "--train-img-dir", "nowhere")
+    assert edited.FACTOR == 2
+
+
+@pytest.mark.parametrize("flags", [["--crop", "64", "64"], ["--start-from", "before.pth.tar"]])
+def test_settings_are_settled_before_training_and_never_written_afterwards(project, run_train, monkeypatch, flags):
+    class Settled(SimpleNamespace):
+        def __setattr__(self, name: str, value: object) -> None:
+            raise AssertionError(f"{name} was set")
+
+    def train_settled(s: SimpleNamespace) -> None:
+        before = vars(s).copy()
+        train_(Settled(**before))
+        assert vars(s) == before
+
+    run_train("--num-epochs", "1", "--batch-size", "64", "--checkpoint", "before.pth.tar")
+    train_ = train.train
+    monkeypatch.setattr(train, "train", train_settled)
+    for more in (["--num-epochs", "1"], ["--num-epochs", "2", "--load-model"]):
+        run_train("--batch-size", "64", *flags, *more)
+    assert len(rows()) == 2

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import utils
 from machinery import sample_data
 from machinery.decoding import read_mask
 from machinery.errors import UserError
+from machinery.runs import Run
 from model import UNet
 
 ROOT = Path(train.__file__).parent
@@ -46,9 +48,9 @@ def test_a_run_learns_and_leaves_what_is_promised(project, run_train, capsys):
 def test_saved_pictures_show_each_validation_batch(project, run_train):
     run_train("--num-epochs", "1", "--batch-size", "14")  # 32 photos: 14, 14 and 4
     pictures = [f"{kind}{n}.png" for kind in ("", "pred_", "overlay_") for n in range(3)]
-    others = [".lock", "curves.png", "index.html", "utils.csv", "train_batch.png"]
+    others = [".lock", "curves.png", "index.html", "metrics.csv", "train_batch.png"]
     assert sorted(path.name for path in Path("saved_images").iterdir()) == sorted(pictures + others)
-    truth = np.asarray(Image.open("saved_images/0.png"))
+    truth = np.asarray(Image.open("saved_images/0.png").convert("L"))
     assert truth.shape == (4 * 34 + 2, 4 * 50 + 2)  # 4 columns, 2 pixels between photos
     first = read_mask(sorted(Path("data/val_masks").glob("*.gif"))[0], (32, 48))
     np.testing.assert_array_equal(truth[2:34, 2:50], first * 255)
@@ -91,6 +93,23 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     assert 0 < rates[0] < 0.1 and max(rates) == pytest.approx(1.0) and rates[-1] == pytest.approx(0)
     assert np.abs(np.diff(rates)).max() < 0.03  # no jumps
     assert int(np.argmax(rates)) == 100
+
+
+@pytest.mark.parametrize(
+    ("photos", "epochs", "said"),
+    [
+        (20, 3, "20 photos: 3 epochs are 15 steps; --num-epochs 60 takes about 4 min.\n"),
+        (50, 3, "50 photos: 3 epochs are 39 steps; --num-epochs 30 takes about 2 min.\n"),
+        (1, 3, "1 photos: 3 epochs are 3 steps; --num-epochs 300 takes about 20 min.\n"),
+        (20, 60, ""),
+        (128, 3, ""),  # the quick start
+    ],
+)
+def test_a_run_of_few_steps_says_what_more_would_take(photos, epochs, said, capsys):
+    loader = SimpleNamespace(dataset=range(photos), batch_sampler=SimpleNamespace(size=4))
+    state = SimpleNamespace(history=[{"seconds": 4.0}])
+    Run(state, loader, None, None, num_epochs=epochs, checkpoint_minutes=10).print_advice("photos")
+    assert capsys.readouterr().out == said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,10 @@
 """Stop it anywhere, kill it anywhere: a run that is continued ends with the weights of one that was never disturbed."""
 
-import multiprocessing
 import os
 import pickle
 import random
 import re
-import resource
 import signal
-import sys
 import time
 import zipfile
 from contextlib import suppress
@@ -16,60 +13,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, rows, same, weights
+from conftest import leave_photos, rows, same, weights
+from forked import Training
 
 import train
 import utils
 from machinery import checkpoints, errors
 from machinery.errors import UserError
 
-ROOT = Path(train.__file__).parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", 2))  # 20 for a thorough look
 NEW_IN_FORMAT_2 = ("format", "computed", "optimizer_name")
 CHECKPOINT, PREVIOUS = Path("my_checkpoint.pth.tar"), Path("my_checkpoint.prev.pth.tar")
 
 
 CROPS = ["--crop", "64", "64", "--batch-size", "16"]  # of which there are more than photos: larger batches
-CONTEXT = multiprocessing.get_context("forkserver")  # importing train.py takes 5 s: once is enough
-CONTEXT.set_forkserver_preload(["train"])
 
 
-class Training(CONTEXT.Process):
-    """A training process in the working directory, of a group of its own as if a terminal had started it."""
-
-    def __init__(self, *flags: str, largest_file: int = resource.RLIM_INFINITY) -> None:
-        super().__init__(args=(flags, largest_file))
-        self.printed = Path("out.txt"), Path("err.txt")
-        for path in self.printed:
-            path.write_text("")
-        self.start()
-
-    def run(self) -> None:
-        os.setsid()
-        multiprocessing.set_start_method("fork", force=True)  # of its workers: the server would have to import again
-        for number, path in enumerate(self.printed, start=1):
-            os.dup2(os.open(path, os.O_WRONLY), number)
-        sys.stdout.reconfigure(line_buffering=True)
-        flags, largest_file = self._args
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        errors.run(lambda: train.main([*SMALL, *flags]))
-
-    def output(self) -> str:
-        return "".join(path.read_text() for path in self.printed)
-
-    def wait_for(self, text: str) -> None:
-        while text not in self.output():
-            assert self.is_alive() or text in self.output(), self.output()
-            time.sleep(0.01)
-
-    def status(self, timeout: float = 60) -> int | None:
-        """The exit status, minus the signal's number if one has ended it; None while it lives."""
-        self.join(timeout)
-        return self.exitcode
+@pytest.fixture
+def project(project: Path) -> Path:
+    """Fewer photos: an epoch has 8 steps of 4."""
+    leave_photos(32, 8)
+    return project
 
 
 def scores() -> list[dict[str, str]]:
-    """utils.csv apart from times."""
+    """metrics.csv apart from times."""
     return [{name: value for name, value in row.items() if "second" not in name} for row in rows()]
 
 
@@ -80,17 +48,8 @@ def scores() -> list[dict[str, str]]:
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize(("precision", "workers", "more"), [("bf16", "0", []), ("fp32", "2", []), ("fp32", "2", CROPS)])
 def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project, precision, workers, more, kill):
-    flags = [
-        "--precision",
-        precision,
-        "--num-workers",
-        workers,
-        "--checkpoint-minutes",
-        "0",
-        "--num-epochs",
-        "3",
-        *more,
-    ]
+    flags = ["--precision", precision, "--num-workers", workers, *more]
+    flags += ["--checkpoint-minutes", "0", "--num-epochs", "3"]
     whole = Training(*flags)
     whole.wait_for("train_loss")
     begun = time.monotonic()
@@ -159,7 +118,7 @@ def test_a_second_ctrl_c_ends_at_once(project):
 
 
 def stop_after(steps: int, run_train, monkeypatch, *flags: str) -> None:
-    """Trains until SIGTERM comes in the step of that number, counted from 1; 16 steps are an epoch."""
+    """Trains until SIGTERM comes in the step of that number, counted from 1; 8 steps are an epoch."""
     train_step, done = train.train_step, []
 
     def step(*args):
@@ -178,7 +137,7 @@ def stop_after(steps: int, run_train, monkeypatch, *flags: str) -> None:
 def test_it_goes_on_at_the_next_batch_for_any_number_of_workers(project, run_train, monkeypatch):
     run_train("--num-epochs", "2")
     wanted, wanted_scores = weights(), scores()
-    stop_after(21, run_train, monkeypatch, "--num-epochs", "2")
+    stop_after(13, run_train, monkeypatch, "--num-epochs", "2")
     assert utils.load_checkpoint(CHECKPOINT)["images"] == 5 * 4
     run_train("--num-epochs", "2", "--load-model", "--num-workers", "2")
     assert same(wanted, weights()) and scores() == wanted_scores
@@ -187,8 +146,8 @@ def test_it_goes_on_at_the_next_batch_for_any_number_of_workers(project, run_tra
 def test_validation_that_was_cut_off_is_repeated(project, run_train, monkeypatch):
     run_train("--num-epochs", "2")
     wanted, wanted_scores = weights(), scores()
-    stop_after(16, run_train, monkeypatch, "--num-epochs", "2")
-    assert utils.load_checkpoint(CHECKPOINT)["images"] == 64
+    stop_after(8, run_train, monkeypatch, "--num-epochs", "2")
+    assert utils.load_checkpoint(CHECKPOINT)["images"] == 32
     assert not Path("my_checkpoint_best.pth.tar").exists()
     run_train("--num-epochs", "2", "--load-model")
     assert same(wanted, weights()) and scores() == wanted_scores
@@ -199,7 +158,7 @@ def test_another_batch_size_goes_on_at_the_same_image(project, run_train, monkey
     batches, train_step = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda *args: batches.append(len(args[1])) or train_step(*args))
     run_train("--num-epochs", "1", "--load-model", "--batch-size", "8")
-    assert batches == [8, 8, 8, 8, 8, 8, 8]  # the last of the epoch begins again
+    assert batches == [8, 8, 8]  # the last of the epoch begins again
     assert "BATCH_SIZE was 4 and is 8 from here on" in capsys.readouterr().out
 
 
@@ -231,13 +190,13 @@ def test_continuing_takes_todays_epochs_learning_rate_weight_decay_and_precision
     checkpoint = utils.load_checkpoint(CHECKPOINT)
     assert checkpoint["epoch"] == 2
     assert {group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]} <= {0.0, 0.5}
-    assert float(rows()[1]["learning_rate"]) == pytest.approx(5e-4 * train.schedule((1 + 60 / 64) / 2))
+    assert float(rows()[1]["learning_rate"]) == pytest.approx(5e-4 * train.schedule((1 + 28 / 32) / 2))
 
 
 def test_other_training_photos_begin_the_epoch_anew_and_other_validation_photos_the_best(
     project, run_train, monkeypatch, capsys
 ):
-    stop_after(20, run_train, monkeypatch, "--num-epochs", "2")
+    stop_after(12, run_train, monkeypatch, "--num-epochs", "2")
     best = rows()[0]["dice"]
     for folder in ("train", "val"):
         photo = sorted(Path(f"data/{folder}_images").iterdir())[0]
@@ -268,7 +227,7 @@ def test_a_finished_run_says_what_to_raise_and_ends_well(project, run_train, cap
 
 @pytest.mark.parametrize("lacking", [[], ["photo_dice"]])
 def test_a_checkpoint_of_an_older_format_continues(project, run_train, monkeypatch, lacking):
-    stop_after(19, run_train, monkeypatch, "--num-epochs", "2")
+    stop_after(11, run_train, monkeypatch, "--num-epochs", "2")
     older = {name: value for name, value in torch.load(CHECKPOINT).items() if name not in (*NEW_IN_FORMAT_2, *lacking)}
     del older["settings"]["clip_norm"]  # there were fewer settings
     utils.save_checkpoint(older, CHECKPOINT)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import filelock
 import pytest
-from conftest import SMALL, rows
-from test_train_continue import Training
+from conftest import SMALL, leave_photos, rows
+from forked import Training
 
 import train
 from machinery import checkpoints, errors
@@ -19,6 +19,12 @@ def error_of(*flags: str) -> str:
     with pytest.raises(SystemExit) as exit_:
         errors.run(lambda: train.main([*SMALL, *flags]))
     return str(exit_.value.code)
+
+
+@pytest.fixture
+def project(project: Path) -> Path:
+    leave_photos(8, 4)
+    return project
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def test_a_second_run_is_refused_before_it_touches_anything(other_run, monkeypat
     assert error_of("--checkpoint", "other.pth.tar") == f"error: SAVED_IMAGES_DIR saved_images {message}"
     assert not list(Path().glob("*_1*")) and not list(Path().glob("other*")) and other_run.is_alive()
     train.main([*SMALL, "--num-epochs", "1", "--checkpoint", "other.pth.tar", "--saved-images-dir", "other"])
-    assert Path("other/utils.csv").exists()
+    assert Path("other/metrics.csv").exists()
 
 
 HOLD = """

@@ -10,6 +10,7 @@ from conftest import SMALL, rows, same, weights
 
 import train
 import utils
+from dataset import Batches
 from machinery import muon
 from machinery.device import Device
 from machinery.errors import UserError
@@ -186,10 +187,9 @@ def test_a_loss_that_is_not_finite_names_the_photos_and_leaves_the_checkpoint(pr
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(UserError) as error:
         run_train("--num-epochs", "2", "--load-model", "--checkpoint-minutes", "0")
-    sampler = utils.Batches(64, 4, seed=0)
-    sampler.epoch = 1
     names = sorted(path.name for path in Path("data/train_images").iterdir())
-    assert ", ".join(names[index] for index in sampler.batches()[2]) in str(error.value)
+    batch = Batches(64, 4, seed=0).batches(epoch=1)[2]
+    assert ", ".join(names[index] for index in batch) in str(error.value)
     assert "LEARNING_RATE" in str(error.value) and "\n" not in str(error.value)
     checkpoint = utils.load_checkpoint(Path("my_checkpoint.pth.tar"))
     assert checkpoint["images"] == 8

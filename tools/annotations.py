@@ -1,4 +1,4 @@
-"""Annotation tools' files -> photos with the shapes on them, and masks -> LabelMe's files.
+"""Annotation tools' files -> photos and the shapes on them. make_masks draws these; outputs.py writes LabelMe's files.
 
 A new format is a function from a file to Annotations, and two lines in read_file.
 """
@@ -16,17 +16,18 @@ from xml.etree import ElementTree
 
 import cv2
 import numpy as np
+import yaml
 from PIL import Image
 
 from machinery.decoding import opened
 from machinery.errors import UserError
 from machinery.files import MASK_SUFFIX
 from machinery.outputs import is_untouched
-from machinery.shapes import box_ring, coco_mask, counts_mask, ellipse_ring, polygon_mask, ring_of, runs_mask, turned
+from machinery.shapes import box_ring, coco_mask, counts_mask, ellipse_ring, polygon_mask, ring_of, rle_decode, turned
 
 STUMBLES = (  # of parsers, where a file does not hold what it should
     ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, csv.Error,
-    ElementTree.ParseError, Image.DecompressionBombError, cv2.error,
+    ElementTree.ParseError, Image.DecompressionBombError, cv2.error, yaml.YAMLError,
 )  # fmt: skip
 
 
@@ -56,11 +57,16 @@ class Annotation:
 
 @contextmanager
 def reading(what: object) -> Iterator[None]:
-    """Turns what a parser stumbles over into a UserError that begins with `what`."""
+    """Turn what a parser stumbles over into a UserError that begins with `what`."""
     try:
         yield
     except STUMBLES as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        if isinstance(error, KeyError):
+            reason = f"{error} is missing"
+        elif isinstance(error, yaml.MarkedYAMLError):
+            reason = f"{error.problem} in line {error.problem_mark.line + 1}"
+        else:
+            reason = str(error).splitlines()[0]
         raise UserError(f"{what} cannot be read ({reason}): export it again, or remove it") from error
 
 
@@ -69,12 +75,12 @@ def reading(what: object) -> Iterator[None]:
 
 
 def relative_polygon_mask(ring: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Of a ring whose coordinates are shares of the photo's width and height."""
+    """Return the mask of a ring whose coordinates are shares of the photo's width and height."""
     return polygon_mask([ring * size[::-1]], size)
 
 
 def placed(part: Callable[[], np.ndarray], left: int, top: int, size: tuple[int, int]) -> np.ndarray:
-    """A small mask at its place, cut at the photo's border."""
+    """Return a photo's mask with a small one at its place, cut at the border."""
     mask, pixels = np.zeros(size, bool), part()[max(0, -top) :, max(0, -left) :]
     place = mask[max(0, top) :, max(0, left) :]
     height, width = np.minimum(place.shape, pixels.shape)
@@ -83,7 +89,7 @@ def placed(part: Callable[[], np.ndarray], left: int, top: int, size: tuple[int,
 
 
 def png_mask(png: str) -> np.ndarray:
-    """A mask that LabelMe keeps in base64."""
+    """Decode a mask that LabelMe keeps in base64."""
     content = np.frombuffer(base64.b64decode(png), np.uint8)
     mask = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE) if len(content) else None
     if mask is None:
@@ -101,7 +107,7 @@ def label_mask(file: Path, value: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
-    """What a file that is no image says of photos, or None where it is no annotation. Raises UserError.
+    """Return what a file that is no image says of photos, or None where it is no annotation. Raises UserError.
 
     `has_photo` says whether there is a photo of the file's stem: then an empty file is YOLO's, without an object.
     """
@@ -127,7 +133,10 @@ def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
 
 
 def labelme(file: Path, content: dict) -> Annotation:
-    """X-AnyLabeling's files are alike. https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py"""
+    """Read a file of LabelMe, or of X-AnyLabeling, whose are alike.
+
+    https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py
+    """
     height, width = content.get("imageHeight"), content.get("imageWidth")
     annotation = Annotation(file, content["imagePath"], (int(height), int(width)) if height and width else None)
     annotation.is_prediction = is_untouched(content)
@@ -151,7 +160,7 @@ def labelme(file: Path, content: dict) -> Annotation:
 
 
 def coco(file: Path, content: dict) -> list[Annotation]:
-    """https://cocodataset.org/#format-data"""
+    """Read a file of COCO: https://cocodataset.org/#format-data"""
     names = {category["id"]: category["name"] for category in content["categories"]}
     photos: dict[object, Annotation] = {}
     for image in content["images"]:
@@ -176,7 +185,7 @@ def coco(file: Path, content: dict) -> list[Annotation]:
 
 
 def cvat(file: Path, root: ElementTree.Element) -> list[Annotation]:
-    """https://docs.cvat.ai/docs/dataset_management/formats/format-cvat/, "CVAT for images 1.1"."""
+    """Read "CVAT for images 1.1": https://docs.cvat.ai/docs/dataset_management/formats/format-cvat/"""
     if root.find("track") is not None:
         raise UserError(f"{file} is of a video: export it from CVAT as 'CVAT for images 1.1'")
     annotations = []
@@ -212,9 +221,9 @@ def cvat_shape(kind: str, shape: dict[str, str]) -> Callable | None:
 
 
 def yolo(file: Path) -> Annotation:
-    """https://docs.ultralytics.com/datasets/segment/: a row for each object, its class and the ring's corners.
+    """Read a file of YOLO, a row for each object: its class and the ring's corners.
 
-    A row of five numbers is a box, which is no outline.
+    A row of five numbers is a box, which is no outline. https://docs.ultralytics.com/datasets/segment/
     """
     annotation = Annotation(file, file.with_suffix("").as_posix(), None)
     names = class_names(file.parent.absolute())
@@ -239,20 +248,27 @@ def yolo(file: Path) -> Annotation:
 
 @cache
 def class_names(folder: Path) -> dict[int, str]:
-    """Of the .yaml file with `names:`, a list or number: name, in this folder, or in one of the two above."""
+    """Return the names by number of the .yaml file with `names`, in this folder or one of the two above; {} for none.
+
+    Names are a list or a mapping, {number: name}. Raises UserError for a file with `names` that is no YAML.
+    """
     for above in (folder, *folder.parents[:2]):
         for file in sorted((*above.glob("*.yaml"), *above.glob("*.yml"))):
-            text = re.sub(r"\s#.*", "", file.read_text("utf-8-sig", "replace"))
-            listed = re.search(r"^names:\s*(\[[^]]*|\{[^}]*|([\s\S]+?)(?=^\w|\Z))", text, re.MULTILINE)
-            entries = re.split(r"[\n,]", listed[1].strip("[{")) if listed else []
-            found = [re.fullmatch(r"(?:-|(\d+)\s*:)?\s*(.*)", entry.strip()) for entry in entries if entry.strip()]
-            if found:
-                return {int(entry[1] or index): entry[2].strip("'\"") for index, entry in enumerate(found)}
+            text = file.read_text("utf-8-sig", "replace")
+            if not re.search(r"\bnames\b", text):  # it may be of any other program, and need not be whole
+                continue
+            with reading(file):
+                content = yaml.load(text, yaml.BaseLoader)  # the safe one that leaves `no` a name
+                names = content.get("names") if isinstance(content, dict) else None
+                if isinstance(names, list):
+                    names = dict(enumerate(names))
+                if names and isinstance(names, dict):
+                    return {int(number): str(name) for number, name in names.items()}
     return {}
 
 
 def run_length_table(file: Path) -> list[Annotation]:
-    """Kaggle's tables: a row for each object, with the photo's name, run lengths, and perhaps a class.
+    """Read one of Kaggle's tables: a row for each object, with the photo's name, run lengths, and perhaps a class.
 
     Runs are along the rows in those with a column `img` (Carvana's) or `segmentation`, down the columns in the others.
     """
@@ -263,7 +279,7 @@ def run_length_table(file: Path) -> list[Annotation]:
         columns = {name.lower(): name for name in table.fieldnames}
         runs = next(columns[name] for name in columns if re.search("rle|encod|segmentation", name))
         label = next((columns[name] for name in columns if re.search("class|label", name)), None)
-        is_by_rows = bool({"img", "segmentation"} & columns.keys())
+        order = "C" if {"img", "segmentation"} & columns.keys() else "F"
         named = (columns[name] for name in columns if name != runs.lower() and re.search("im(g|age)|name|id$", name))
         name = next(named, table.fieldnames[0])
         for row in table:
@@ -273,13 +289,13 @@ def run_length_table(file: Path) -> list[Annotation]:
                 if row[runs] is None:
                     raise ValueError("it ends too early")
                 if row[runs].strip() not in ("", "-1", "nan"):
-                    draw = partial(runs_mask, row[runs], is_by_rows)
+                    draw = partial(rle_decode, row[runs], order=order)
                     photo.add(row[label] if label else "object", draw, place)
     return list(photos.values())
 
 
 def label_image(file: Path) -> Annotation | None:
-    """An image whose pixels are labels, by index or palette: lossless, one channel, and at most 64 values."""
+    """Read an image whose pixels are labels: lossless, of one channel, at most 64 values. Return None for others."""
     with opened(file) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16") or image.format not in ("PNG", "TIFF", "BMP", "GIF"):
             return None
@@ -291,7 +307,3 @@ def label_image(file: Path) -> Annotation | None:
         if value:
             annotation.add(int(value), partial(label_mask, file, value), f"label {int(value)}")
     return annotation
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks -> LabelMe's files

@@ -1,10 +1,10 @@
-"""Measures every speed that docs/speed.md claims, side by side in one run.
+"""Measure every speed that docs/speed.md claims, side by side in one run.
 
-python benchmark.py loader    # photos/s from files to batches, against the classic pipeline
-python benchmark.py train     # images/s of the training step and its memory, against the classic step
-python benchmark.py validate  # ms a photo that pictures and scores take beside the network
-python benchmark.py recipe    # Dice after NUM_EPOCHS, and seconds until the classic recipe's Dice, against that recipe
-python benchmark.py predict   # photos/s from photos to masks at 1918 x 1280, against the plain way
+    python -m tools.benchmark loader    # photos/s from files to batches, against the classic pipeline
+    python -m tools.benchmark train     # images/s of the training step and its memory, against the classic step
+    python -m tools.benchmark validate  # ms a photo that pictures and scores take beside the network
+    python -m tools.benchmark recipe    # Dice after NUM_EPOCHS, and seconds until the classic Dice, against that recipe
+    python -m tools.benchmark predict   # photos/s from photos to masks at 1918 x 1280, against the plain way
 
 --json FILE writes the figures to a file, too. train.py's flags are taken as well: --batch-size 16 --device cuda
 """
@@ -41,14 +41,14 @@ import predict
 import train
 import utils
 from dataset import CarvanaDataset
-from machinery import decoding
-from machinery.device import Device, choose_device, choose_num_workers, tune
+from machinery import processes, samples
+from machinery.device import Device, choose_device, choose_num_workers
 from machinery.errors import UserError, run
 from machinery.files import find_pairs, written_whole
 from machinery.report import Report
-from machinery.sample_data import draw_dataset, use_sample_if_empty
-from machinery.settings import Parser, check_settings, parse_settings
-from model import UNet
+from machinery.sample_data import draw_dataset
+from machinery.settings import Parser, check_settings, parse_settings, settle
+from model import build_network, size_multiple
 from predict import full_size_dice
 from train import A  # albumentations, once train.py has prepared its import
 
@@ -62,18 +62,28 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_process(work: Callable, *args: object) -> object:
-    """What work returns in a process of its own, whose memory and switches are nobody else's."""
+    """Return what work returns in a process of its own, whose memory and switches are nobody else's."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *args).result()
 
 
 def peak_memory() -> float:
-    """MB that this process has had at most."""
+    """Return how many MB this process has had at most."""
     if Path("/proc/self/status").exists():  # getrusage would count what the parent had when it started this one
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
     import resource  # which Windows does not have
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def network_config(s: SimpleNamespace) -> dict:
+    return {"features": s.features, "encoder": None, "tile": None}
+
+
+def save_random_network(config: dict, s: SimpleNamespace, checkpoint: Path) -> None:
+    preprocessing = {"height": s.image_height, "width": s.image_width, "mean": s.mean, "std": s.std}
+    state = {"model": config, "preprocessing": preprocessing, "state_dict": build_network(config).state_dict()}
+    utils.save_checkpoint(state, checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,12 +97,12 @@ def classic_augmentation(s: SimpleNamespace) -> A.Compose:
 
 
 def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
-    """Photos per second of one thread, from 1918 x 1280 JPEGs and GIFs to augmented samples of the default size.
+    """Measure photos per second of one thread, from JPEGs and GIFs of 1918 x 1280 to augmented samples.
 
     classic: in every epoch Pillow decodes both in full, and albumentations resizes, augments as train.py does, and
     normalises. cold: the first epoch, which builds the cache. warm: every later one.
     """
-    decoding.NUM_THREADS = 1
+    samples.NUM_THREADS = 1
     size = s.image_height, s.image_width
     augmentation = train.make_augmentation()
     classic_transform = classic_augmentation(s)
@@ -102,7 +112,7 @@ def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
         pairs = find_pairs(photos / "train_images", photos / "train_masks")
 
         def classic_epoch() -> None:
-            Image.core.set_blocks_max(0)  # Pillow's default, which dataset.py changes
+            Image.core.set_blocks_max(0)  # Pillow's default, which machinery/decoding.py changes
             for image_path, mask_path in pairs:
                 image = np.array(Image.open(image_path).convert("RGB"))
                 mask = np.array(Image.open(mask_path).convert("L"), dtype=np.float32)
@@ -136,10 +146,10 @@ def benchmark_loader(s: SimpleNamespace) -> dict[str, float]:
 # train: the step
 
 
-def classic_network(s: SimpleNamespace) -> UNet:
-    """The same network with PyTorch's own initialisation, as a plain U-Net repository has it."""
+def classic_network(s: SimpleNamespace) -> nn.Module:
+    """Return the same network with PyTorch's own initialisation, as a plain U-Net repository has it."""
     torch.manual_seed(s.seed)
-    model = UNet(3, 1, s.features)
+    model = build_network(network_config(s))
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.reset_parameters()
@@ -147,7 +157,7 @@ def classic_network(s: SimpleNamespace) -> UNet:
 
 
 def classic_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, masks: Tensor) -> None:
-    """fp32, contiguous tensors, plain Adam."""
+    """Take a step in fp32, with contiguous tensors and plain Adam."""
     loss = F.binary_cross_entropy_with_logits(model(images), masks)
     optimizer.zero_grad()
     loss.backward()
@@ -184,7 +194,7 @@ class OperationCount(TorchDispatchMode):
 
 
 def matmul_speed(device: Device, wait: Callable) -> float:
-    """GFLOP/s of a product of two large matrices in the device's precision."""
+    """Measure the GFLOP/s of a product of two large matrices in the device's precision."""
     size = 2048 if device.device.type == "cpu" else 8192
     some, other = (torch.randn(size, size, device=device.device, dtype=device.precision) for _ in range(2))
 
@@ -198,8 +208,9 @@ def matmul_speed(device: Device, wait: Callable) -> float:
 
 
 def measure_step(name: str, s: SimpleNamespace) -> dict[str, float]:
-    """A step's seconds and GFLOP, its optimizer's seconds and operations, the peak memory in MB, and the GFLOP/s of a
-    product of two matrices.
+    """Measure a step: seconds and GFLOP, the optimizer's seconds and operations, the peak memory in MB; and `matmul`.
+
+    That is the GFLOP/s of a product of two matrices.
     """
     chosen = choose_device(s.device, s.precision)
     device = chosen.device
@@ -211,7 +222,6 @@ def measure_step(name: str, s: SimpleNamespace) -> dict[str, float]:
         optimizer = torch.optim.Adam(model.parameters(), 1e-4)
         step = partial(classic_step, model, optimizer, images, masks)
     else:
-        tune(chosen)
         if name in PEERS or s.compile == "auto":  # as in a long run
             s.compile = "no" if name in PEERS or device.type != "cuda" else "yes"
         state = train.new_state(s, chosen, foreground=0.2, photos=s.batch_size)
@@ -255,7 +265,7 @@ def measure_step(name: str, s: SimpleNamespace) -> dict[str, float]:
 
 
 def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
-    """The training step on BATCH_SIZE images that are there already: images/s, GFLOP/s, and the process's peak memory.
+    """Measure the training step on BATCH_SIZE images that are there: images/s, GFLOP/s, the process's peak memory.
 
     classic: fp32, contiguous, Adam. ours: train.train_step. The share is of what the product of two matrices of 2048 x
     2048 (8192 on a GPU) reaches in the same process and precision; GFLOP are the convolutions, forward and backward,
@@ -288,7 +298,7 @@ def benchmark_train(s: SimpleNamespace) -> dict[str, float]:
 
 
 def benchmark_validate(s: SimpleNamespace) -> dict[str, float]:
-    """Milliseconds a photo of 1918 x 1280 beside a network that costs nothing.
+    """Measure the milliseconds that a photo of 1918 x 1280 takes beside a network that costs next to nothing.
 
     scores: check_accuracy alone. pictures: the same, until every picture and the page are drawn in threads; training
     waits for `scores_and_queue` of that. full_size: Dice at the photos' original size, in one thread and in all.
@@ -304,20 +314,21 @@ def benchmark_validate(s: SimpleNamespace) -> dict[str, float]:
         ]
         for data in sets:
             data.prepare(Path(folder, "cache"))
-        s.saved_images_dir = folder
+        checkpoint = Path(folder, "smallest.pth.tar")
+        save_random_network(network_config(s) | {"features": (1,)}, s, checkpoint)
         loader = utils.get_loaders(*sets, s.batch_size)[1]
         validate = partial(utils.check_accuracy, loader, network, device, train.image_losses)
         for number in range(ROUNDS):
             times["scores"].append(seconds(validate))
             start = time.perf_counter()
-            with Report(s, *sets) as report:
-                metrics, photo_dice = validate(report.begin(1))
+            with Report(folder, *sets, sets[1], vars(s), utils.save_predictions_as_imgs) as report:
+                metrics, photo_dice = validate(report.begin(1, is_last=True))
                 times["scores_and_queue"].append(time.perf_counter() - start)
                 report.finish([{"epoch": number + 1, **metrics}], [photo_dice])
             times["pictures"].append(time.perf_counter() - start)
-            for name, threads in (("full_size_one_thread", 1), ("full_size", decoding.NUM_THREADS)):
-                with mock.patch.object(utils, "NUM_THREADS", threads):
-                    times[name].append(seconds(lambda: full_size_dice(loader, network, device)))
+            for name, threads in (("full_size_one_thread", 1), ("full_size", predict.THREADS)):
+                with mock.patch.object(predict, "THREADS", threads):
+                    times[name].append(seconds(partial(full_size_dice, checkpoint, sets[1], device, s.batch_size)))
     return {f"{name}_ms": 1000 * statistics.median(values) / len(sets[1]) for name, values in times.items()}
 
 
@@ -349,7 +360,7 @@ def classic_run(s: SimpleNamespace) -> list[tuple[float, float]]:
 
 
 def our_run(s: SimpleNamespace) -> list[tuple[float, float]]:
-    """The same of train.py with its settings."""
+    """Return the same of train.py with its settings."""
     with tempfile.TemporaryDirectory() as folder:
         train.train(SimpleNamespace(**vars(s) | {"checkpoint": f"{folder}/c.pth.tar", "saved_images_dir": folder}))
         with Path(folder, "metrics.csv").open() as file:
@@ -359,12 +370,12 @@ def our_run(s: SimpleNamespace) -> list[tuple[float, float]]:
 
 
 def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
-    """Both recipes on the same data with the same network, each with three seeds: mean Dice after NUM_EPOCHS epochs.
+    """Compare both recipes on the same data and network, with three seeds each: mean Dice after NUM_EPOCHS epochs.
 
     error_ratio compares 1 - Dice. time_ratio compares the seconds until the classic recipe's last mean Dice, which ours
     may reach in this run or in one of an eighth of the NUM_EPOCHS. Both read the cache: decoding is in neither.
     """
-    use_sample_if_empty(s)
+    settle(s)
     short = SimpleNamespace(**vars(s) | {"num_epochs": max(1, s.num_epochs // 8)})
     classic, ours, our_short = [], [], []
     for seed in range(3):
@@ -395,9 +406,9 @@ def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
 
 
 def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path, device: torch.device) -> None:
-    """The plain way: one photo at a time, fp32, decoded in full, nearest neighbour, PNG as Pillow writes it."""
+    """Predict the plain way: one photo at a time, fp32, decoded in full, nearest neighbour, PNG as Pillow writes it."""
     state = utils.load_checkpoint(checkpoint)
-    model = UNet(**state["model"]).eval().to(device)
+    model = build_network(state["model"]).eval().to(device)
     model.load_state_dict(state["state_dict"])
     settings = state["preprocessing"]
     mean, std = np.float32(settings["mean"]), np.float32(settings["std"])
@@ -414,7 +425,7 @@ def predict_plainly(checkpoint: Path, photos: list[Path], output_dir: Path, devi
 def measure_prediction(
     is_plain: bool, checkpoint: Path, photos: list[Path], output_dir: Path, device: str
 ) -> tuple[float, float]:
-    """Seconds, from the checkpoint to the last mask, and this process's peak of memory in MB."""
+    """Measure the seconds from the checkpoint to the last mask, and this process's peak of memory in MB."""
 
     def work(photos: list[Path]) -> None:
         if is_plain:
@@ -429,15 +440,11 @@ def measure_prediction(
 
 
 def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
-    """Photos per second and the peak of memory, from 1918 x 1280 JPEGs to masks, with the default network."""
-    network = {"in_channels": 3, "out_channels": 1, "features": list(settings.features)}
-    preprocessing = {"height": settings.image_height, "width": settings.image_width}
-    preprocessing |= {"mean": settings.mean, "std": settings.std}
+    """Measure photos per second and the peak of memory, from 1918 x 1280 JPEGs to masks, with the default network."""
     measured = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "network.pth.tar")
-        state = {"model": network, "preprocessing": preprocessing, "state_dict": UNet(**network).state_dict()}
-        utils.save_checkpoint(state, checkpoint)
+        save_random_network(network_config(settings), settings, checkpoint)
         draw_dataset(Path(folder, "data"), train_cars=1, val_cars=1)
         photos = sorted(Path(folder, "data").glob("*_images/*.jpg"))
         for number in range(ROUNDS):
@@ -457,7 +464,7 @@ def benchmark_predict(settings: SimpleNamespace) -> dict[str, float]:
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """What figures depend on: the CPU's or GPU's name, cores, the instruction sets that matter here, and PyTorch."""
+    """Return what figures depend on: CPU's or GPU's name, cores, the instruction sets that matter here, and PyTorch."""
     cpu = platform.processor() or platform.machine()
     flags = set()
     if Path("/proc/cpuinfo").exists():
@@ -483,14 +490,14 @@ BENCHMARKS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python -m tools.benchmark", __doc__)
     parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--json", type=Path, help="writes the figures to this file, too")
     args, flags = parser.parse_known_args(argv)
     if args.json and not args.json.absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: its folder does not exist, create it first")
     settings = parse_settings(vars(train), flags)
-    check_settings(settings)
+    check_settings(settings, size_multiple, processes.WORLD_SIZE)
     machine = describe_machine(choose_device(settings.device).device)
     print("\n".join(f"{name:13} {value}" for name, value in machine.items()), flush=True)
     figures = BENCHMARKS[args.what](settings)

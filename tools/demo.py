@@ -1,7 +1,7 @@
-"""A page that cuts the objects out of photos which are dropped, pasted or taken with a camera.
+"""Serve a page that cuts the objects out of photos which are dropped, pasted or taken with a camera.
 
-    python demo.py               # on http://127.0.0.1:7860; nothing leaves the machine
-    python demo.py --share       # and at a public address, through gradio's servers
+    python -m tools.demo               # on http://127.0.0.1:7860; nothing leaves the machine
+    python -m tools.demo --share       # and at a public address, through gradio's servers
 
 It needs gradio 6 (pip install gradio), whose variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT choose the address.
 """
@@ -33,14 +33,14 @@ CHECKERS = Image.fromarray(np.kron(np.indices((80, 80)).sum(0) % 2 * 39 + 216, n
 
 
 def reduced(path: Path, model: Predictor, side: int) -> Image.Image:
-    """A photo at `side` pixels at most."""
+    """Read a photo at `side` pixels at most."""
     picture = Image.fromarray(read_image(path, None, model.rule))
     picture.thumbnail((side, side))
     return picture
 
 
 def cut(kept: SimpleNamespace, photo: np.ndarray, logits: np.ndarray, choices: tuple) -> Prediction:
-    """What a photo at any size becomes by the page's choices."""
+    """Return what a photo at any size becomes by the page's choices."""
     threshold, is_coloured, colour = choices
     rgb = ImageColor.getcolor(re.sub(r"\.\d+", "", colour), "RGB")  # "#1d9a8a" or "rgba(29.3, 154, 138, 1)"
     flags = SimpleNamespace(threshold=threshold, background=rgb if is_coloured else CHECKERS.convert("RGB"))
@@ -48,7 +48,7 @@ def cut(kept: SimpleNamespace, photo: np.ndarray, logits: np.ndarray, choices: t
 
 
 def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
-    """The page, a gr.Blocks. Of each photo it keeps the network's output, so that the threshold needs no network."""
+    """Build the page, a gr.Blocks. It keeps each photo's logits, so that the threshold needs no network."""
 
     @contextmanager
     def one_sentence(path):
@@ -108,7 +108,7 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python -m tools.demo", __doc__)
     parser.add_argument("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first that is there]")
     parser.add_argument("--share", action="store_true", help="gives the page a public address, too")
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             import gradio as gr
         except ImportError as error:
-            raise UserError(f"demo.py needs gradio ({error}): pip install gradio") from error
+            raise UserError(f"tools.demo needs gradio ({error}): pip install gradio") from error
         except ValueError as error:
             raise UserError(f"GRADIO_SERVER_PORT is no number ({error}): set it to one, such as 7860") from error
         model, examples = load_model(args.checkpoint, args.device), []

@@ -1,7 +1,7 @@
-"""Exports a network that train.py has trained to one ONNX file, with its preprocessing inside, and checks the file.
+"""Export a network that train.py has trained to one ONNX file, with its preprocessing inside, and check the file.
 
-    python export.py                                                       # my_checkpoint_best.pth.tar -> car.onnx
-    python export.py --checkpoint other_best.pth.tar --output other.onnx   # from and to other files
+    python -m tools.export                                        # my_checkpoint_best.pth.tar -> car.onnx
+    python -m tools.export --checkpoint other_best.pth.tar --output other.onnx
 
 The file takes "images", uint8 RGB (N, height, width, 3) at the network's size, for any N, and gives "probabilities",
 float32 (N, height, width). Its metadata say height, width, threshold and validation Dice. docs/export.md uses it.
@@ -10,6 +10,7 @@ float32 (N, height, width). Its metadata say height, width, threshold and valida
 import argparse
 import importlib
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -38,7 +39,8 @@ BATCH_SIZE = 8  # of the comparison
 SECONDS = 4  # that both together compute at least, so that short runs do not measure noise
 TOLERANCE = 0.0005  # between the Dice of PyTorch and of onnxruntime
 
-SOFTWARE = "export.py (U-Net for Carvana)"  # in the metadata, so that no other file is overwritten
+# In the metadata, so that no other file is overwritten. Files have had this text since the command was export.py.
+SOFTWARE = "export.py (U-Net for Carvana)"
 
 
 class Exported(nn.Module):
@@ -52,11 +54,11 @@ class Exported(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = (images - self.mean) / self.std
-        return self.network.look(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
+        return self.network(images.permute(0, 3, 1, 2))[:, 0].sigmoid()
 
 
 def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
-    """The contents of an ONNX file, whose batch is dynamic, for a network in fp32 on the CPU."""
+    """Return the contents of an ONNX file, whose batch is dynamic, for a network in fp32 on the CPU."""
     images = torch.zeros(2, *model.window, 3, dtype=torch.uint8)  # of one image torch would make a constant
     conv = torch.backends.cudnn.conv  # torch's exporter fails where its precision is not the default, on a CPU, too
     precision, conv.fp32_precision = conv.fp32_precision, "tf32"
@@ -81,13 +83,13 @@ def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
 
 
 def require_packages() -> None:
-    """Imports what PyTorch's exporter and the comparison need. Raises UserError where something is missing."""
+    """Import what PyTorch's exporter and the comparison need. Raises UserError where something is missing."""
     for name in PACKAGES:
         try:
             importlib.import_module(name)
         except ImportError as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"export.py needs {name} ({reason}): pip install {' '.join(PACKAGES)}") from error
+            raise UserError(f"tools.export needs {name} ({reason}): pip install {' '.join(PACKAGES)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def require_packages() -> None:
 
 
 def comparison_set(model: Predictor, settings: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, H, W, 3) and masks uint8 (N, H, W) in {0, 1, VOID}: validation photos, else drawn cars."""
+    """Return images uint8 (N, H, W, 3) and masks uint8 (N, H, W) in {0, 1, VOID}: of validation, else drawn."""
     try:
         folders = [Path(settings[name]) for name in ("val_img_dir", "val_mask_dir")]
         pairs = find_pairs(*folders, settings.get("mask_suffix", MASK_SUFFIX))
@@ -109,7 +111,7 @@ def comparison_set(model: Predictor, settings: dict) -> tuple[np.ndarray, np.nda
             image, mask, *_ = read_sample(image_path, mask_path, model.size, model.rule)
             return cut(image, mask, np.subtract(mask.shape, model.window) // 2, model.window)
 
-    chosen = pairs[:: -(-len(pairs) // PHOTOS)]
+    chosen = pairs[:: math.ceil(len(pairs) / PHOTOS)]
     print(f"Comparing on {len(chosen)} of the {len(pairs)} photos in {folders[0]}.")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         samples = [future.result() for future in in_threads(pool, 2 * NUM_THREADS, read, chosen)]
@@ -117,7 +119,7 @@ def comparison_set(model: Predictor, settings: dict) -> tuple[np.ndarray, np.nda
 
 
 def open_session(model: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """A function, images -> probabilities, that runs an ONNX file on as many of the CPU's cores as PyTorch takes."""
+    """Return a function, images -> probabilities, that runs an ONNX file on as many cores as PyTorch takes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -127,7 +129,7 @@ def open_session(model: bytes) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def side_by_side(runs: dict[str, Callable], images: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Each run's probabilities, float32 (N, H, W), and its images/s; they take turns, batch by batch."""
+    """Return each run's probabilities, float32 (N, H, W), and its images/s; they take turns, batch by batch."""
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
     results, seconds, computed = {name: [] for name in runs}, dict.fromkeys(runs, 0.0), 0
     for run_ in runs.values():
@@ -149,14 +151,14 @@ def side_by_side(runs: dict[str, Callable], images: np.ndarray) -> tuple[dict[st
 
 
 def mean_dice(probabilities: np.ndarray, masks: np.ndarray) -> float:
-    """The mean Dice of probabilities, (N, H, W), against masks in {0, 1, VOID}."""
+    """Return the mean Dice of probabilities, (N, H, W), against masks in {0, 1, VOID}."""
     parts = probabilities > THRESHOLD, masks == 1, masks != VOID
     tp, fp, fn, _ = (count.double() for count in confusion(*map(torch.from_numpy, parts)))
     return dice_scores(tp, fp, fn).mean().item()
 
 
 def compare(content: bytes, model: Predictor, settings: dict, output: Path) -> None:
-    """Prints Dice and speed of PyTorch and onnxruntime. Raises UserError where Dice differs by more than TOLERANCE."""
+    """Print Dice and speed of PyTorch and onnxruntime. Raises UserError where Dice differs by more than TOLERANCE."""
     images, masks = comparison_set(model, settings)
     runs = {
         "PyTorch": lambda batch: torch.from_numpy(model(batch)).sigmoid().numpy(),
@@ -181,8 +183,8 @@ def compare(content: bytes, model: Predictor, settings: dict, output: Path) -> N
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, checked. Raises UserError."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """Parse and check the command line. Raises UserError."""
+    parser = Parser("python -m tools.export", __doc__)
     parser.add_argument("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
     parser.add_argument("--output", type=Path, default=Path("car.onnx"), help="[car.onnx]")
     args = parser.parse_args(argv)
@@ -192,6 +194,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def is_ours(path: Path) -> bool:
+    """Return whether a file is one that tools.export has written."""
     import onnx
 
     with suppress(Exception):  # protobuf raises many kinds of errors on other files
@@ -206,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     model, checkpoint = load_model(args.checkpoint, "cpu", "fp32"), utils.load_checkpoint(Path(args.checkpoint))
     check_writable(args.output.parent, "--output")
     if args.output.exists() and not is_ours(args.output):
-        raise UserError(f"{args.output} was not written by export.py: move it away, or choose another --output")
+        raise UserError(f"{args.output} was not written by tools.export: move it away, or choose another --output")
 
     metadata = {"software": SOFTWARE, "height": model.window[0], "width": model.window[1], "threshold": THRESHOLD}
     if isinstance(model.size, float):

@@ -1,12 +1,12 @@
-"""Makes masks of what annotation tools export: LabelMe, COCO, CVAT for images, YOLO, label images, run-length tables.
+"""Make masks of what annotation tools export: LabelMe, COCO, CVAT for images, YOLO, label images, run-length tables.
 
-    python make_masks.py photos --label car                     # LabelMe's files beside the photos -> masks_of_car/
-    python make_masks.py instances.json photos --label car --label van  # COCO's file, and the folder of its photos
-    python make_masks.py VOC/SegmentationClass VOC/JPEGImages --label 7 --ignore-label 255
-    python make_masks.py photos predictions --corrected         # what was outlined by hand or corrected in LabelMe
+    python -m tools.make_masks photos --label car                # LabelMe's files beside the photos -> masks_of_car/
+    python -m tools.make_masks instances.json photos --label car --label van  # COCO's file, and its photos' folder
+    python -m tools.make_masks VOC/SegmentationClass VOC/JPEGImages --label 7 --ignore-label 255
+    python -m tools.make_masks photos predictions --corrected    # what was outlined by hand or corrected in LabelMe
 
-Then `python split_data.py masks_of_car/images masks_of_car/masks` sorts them into data/. The output appears as a whole,
-or not at all. docs/annotation.md says more.
+Then `python -m tools.split_data masks_of_car/images masks_of_car/masks` sorts them into data/. The output appears as a
+whole, or not at all. docs/annotation.md says more.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Photos:
                 self.paths.setdefault(key_of(name), []).append(path)
 
     def find(self, name: str, file: Path) -> Path | None:
-        """The photo that a file names: where it says, seen from the file, else of that name among the sources.
+        """Return the photo that a file names: where it says, seen from the file, else of that name among the sources.
 
         Paths of other machines end alike: of several photos it is the one that shares the most folders' names with the
         path, and then with the file's own. Raises UserError where there are two.
@@ -77,14 +77,14 @@ class Photos:
 
 
 def count_same(pairs: Iterable[tuple[str, str]]) -> int:
-    """How many pairs are equal before the first that is not."""
+    """Count the pairs that are equal before the first that is not."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The files that are given, with those in the folders, and the images among them and beside them, each once.
+    """List the files that are given, with those in the folders, and the images among and beside them, each once.
 
-    Hidden files and what make_masks.py wrote are left out.
+    Hidden files and what tools.make_masks wrote are left out.
     """
     files, images = [], []
     for source in sources:
@@ -105,7 +105,7 @@ def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
-    """What all files say, and the photos. Label images count as such only where nothing else is annotated."""
+    """Return what all files say, and the photos. Label images count only where nothing else is annotated."""
     files, images = list_files(sources)
     others = [file for file in files if not is_image(file)]
     progress = partial(tqdm, desc="reading", unit="file", disable=None)
@@ -125,7 +125,10 @@ def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
 
 
 def match(annotations: list[Annotation], photos: Photos) -> list[Path | None]:
-    """The photo of each, None where its file holds it. Raises UserError for one that is missing, or annotated twice."""
+    """Return the photo of each, None where its file holds it.
+
+    Raises UserError for one that is missing, or annotated twice.
+    """
     found, known = [], {}
     for annotation in annotations:
         with reading(annotation.file):
@@ -145,7 +148,7 @@ def match(annotations: list[Annotation], photos: Photos) -> list[Path | None]:
 
 
 def choose_labels(annotations: list[Annotation], wanted: list[str], ignored: list[str]) -> list[str]:
-    """The labels that are the object: the wanted ones, or the only one there is. Raises UserError."""
+    """Return the labels that are the object: the wanted ones, or the only one there is. Raises UserError."""
     counts = Counter(shape.label for annotation in annotations for shape in annotation.shapes if shape.draw)
     listed = ", ".join(f"{label} ({count})" for label, count in counts.most_common(20))
     listed += f" and {len(counts) - 20} more" if len(counts) > 20 else ""
@@ -181,7 +184,7 @@ class Row:
 def draw(
     annotation: Annotation, photo: Path, labels: list[str], ignored: list[str]
 ) -> tuple[np.ndarray, Counter, bool]:
-    """The mask of a photo, uint8 (H, W), as upright as train.py reads the photo; and a Row's `areas` and `is_turned`.
+    """Draw the mask of a photo, uint8 (H, W), upright, and return it with a Row's `areas` and `is_turned`.
 
     It is 255 on the labels, or 1 where there are ignored ones, which are VOID. Raises UserError.
     """
@@ -210,7 +213,7 @@ def draw(
 
 
 def write_pair(annotation: Annotation, photo: Path | None, name: str, folder: Path, args: argparse.Namespace) -> Row:
-    """Writes images/<name> and masks/<name>_mask.png into the folder, unless there is no object and --skip-empty."""
+    """Write images/<name> and masks/<name>_mask.png into the folder, unless there is no object and --skip-empty."""
     photo = photo or extract(annotation, folder / "embedded" / name)
     mask, areas, is_turned = draw(annotation, photo, args.label, args.ignore_label)
     values, counts = np.unique(mask, return_counts=True)
@@ -223,7 +226,7 @@ def write_pair(annotation: Annotation, photo: Path | None, name: str, folder: Pa
 
 
 def extract(annotation: Annotation, path: Path) -> Path:
-    """Writes the photo that an annotation's file holds to the path, to which its kind's ending is added."""
+    """Write the photo that an annotation's file holds to the path, to which its kind's ending is added."""
     with reading(f"{annotation.file}: its imageData"):
         content = annotation.embedded()
         with Image.open(io.BytesIO(content)) as image:
@@ -235,12 +238,12 @@ def extract(annotation: Annotation, path: Path) -> Path:
 
 
 def plain(text: str) -> str:
-    """What of a text may be part of a file's name everywhere."""
+    """Return a text with _ for what may not be part of a file's name everywhere."""
     return re.sub(r"[^\w.-]", "_", text)
 
 
 def check_ours(folder: Path) -> None:
-    """Raises UserError where there are files that make_masks.py did not write, or masks that were changed since."""
+    """Raise UserError where there are files that tools.make_masks did not write, or masks that were changed since."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --output-dir")
     known = {}
@@ -250,7 +253,9 @@ def check_ours(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         name, is_hidden = path.relative_to(folder).as_posix(), path.name.startswith((".", "Thumbs.db"))
         if path.is_file() and name != MANIFEST and not is_hidden and known.get(name) != checksum(path):
-            raise UserError(f"{path} was not written by make_masks.py, or changed since: choose another --output-dir")
+            raise UserError(
+                f"{path} was not written by tools.make_masks, or changed since: choose another --output-dir"
+            )
 
 
 def checksum(path: Path) -> int:
@@ -258,7 +263,7 @@ def checksum(path: Path) -> int:
 
 
 def make(annotations: list[Annotation], photos: list[Path | None], args: argparse.Namespace) -> list[Row]:
-    """Writes all pairs, into a hidden folder which then takes the output's place. Returns a row for each."""
+    """Write all pairs, into a hidden folder which then takes the output's place. Return a row for each."""
     check_ours(args.output_dir)
     parent = next(folder for folder in args.output_dir.absolute().parents if folder.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".make_masks-") as temporary:
@@ -291,6 +296,7 @@ def make(annotations: list[Annotation], photos: list[Path | None], args: argpars
 
 
 def print_table(annotations: list[Annotation], rows: list[Row], args: argparse.Namespace) -> None:
+    """Print a row for each label, and lines about what was left out."""
     shapes = [shape for annotation in annotations for shape in annotation.shapes]
     counts = Counter(shape.label for shape in shapes if shape.draw)
     width = max(map(len, ("label", *counts)))
@@ -310,7 +316,7 @@ def print_table(annotations: list[Annotation], rows: list[Row], args: argparse.N
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("python -m tools.make_masks", __doc__)
     add = parser.add_argument
     add("sources", nargs="+", type=Path, help="annotation files, and folders with them and with photos")
     add("--label", action="append", default=[], help="the object's label; several are united [the only one]")
@@ -340,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     if predictions:
         fate = "left out" if args.corrected else "taken; --corrected leaves them out"
         print(f"Predictions that nobody has saved in LabelMe since: {predictions}, {fate}")
-    print("python split_data.py", *(shlex.quote(str(args.output_dir / kind)) for kind in ("images", "masks")))
+    print("python -m tools.split_data", *(shlex.quote(str(args.output_dir / kind)) for kind in ("images", "masks")))
 
 
 if __name__ == "__main__":

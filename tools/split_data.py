@@ -1,14 +1,13 @@
-"""Sorts Kaggle's download into data/, so that all photos of one car are either in training or in validation.
+"""Sort Kaggle's download into data/, so that all photos of one car are either in training or in validation.
 
-    python split_data.py train.zip train_masks.zip          # as downloaded; train_hq.zip serves as well as train.zip
-    python split_data.py ~/Downloads/carvana                # a folder with these files, or with what was in them
-    python split_data.py photos masks --move                # your own: masks are the files that end in _mask
+    python -m tools.split_data train.zip train_masks.zip    # as downloaded; train_hq.zip serves as well as train.zip
+    python -m tools.split_data ~/Downloads/carvana          # a folder with these files, or with what was in them
+    python -m tools.split_data photos masks --move          # your own: masks are the files that end in _mask
 
 Files gather in data/.split first, and move to their places when every pair is there and can be decoded. A run that was
 stopped anywhere is simply run again; originals are deleted (--move) last of all.
 """
 
-import copy
 import json
 import os
 import re
@@ -24,7 +23,17 @@ from tqdm import tqdm
 
 from machinery.decoding import read_sample
 from machinery.errors import UserError, run
-from machinery.files import MASK_SUFFIX, find_pairs, is_image, link_or_copy, nfc, passed_over, stem_of, written_whole
+from machinery.files import (
+    MASK_SUFFIX,
+    copy_file,
+    find_pairs,
+    is_image,
+    link_or_copy,
+    nfc,
+    passed_over,
+    stem_of,
+    written_whole,
+)
 from machinery.samples import car_of
 from machinery.settings import Parser
 
@@ -34,7 +43,7 @@ Source = tuple[str, str, Callable[[Path], object]]  # file name, where it comes 
 
 
 def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> Iterator[Source]:
-    """Every file in these zips and folders, and in the folders' train*.zip, that is not hidden."""
+    """Yield every file in these zips and folders, and in the folders' train*.zip, that is not hidden."""
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: correct the path")
@@ -54,6 +63,7 @@ def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> It
 
 
 def zip_sources(path: Path) -> Iterator[Source]:
+    """Yield the files in a zip. Raises UserError for a broken one, and for a member that would leave its folder."""
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
@@ -69,6 +79,7 @@ def zip_sources(path: Path) -> Iterator[Source]:
 
 
 def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
+    """Write a member of a zip to `target`. Raises UserError where it is damaged."""
     try:
         with written_whole(target) as temporary:
             temporary.write_bytes(archive.read(member))
@@ -77,7 +88,7 @@ def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
 
 
 def gather(sources: Iterator[Source], stage: Path, suffix: str) -> dict[str, str]:
-    """Brings every photo and mask into stage/images or stage/masks; returns where each came from, by its name there.
+    """Bring every photo and mask into stage/images or stage/masks; return where each came from, by its name there.
 
     Masks are the files whose names end in `suffix`.
     """
@@ -91,12 +102,13 @@ def gather(sources: Iterator[Source], stage: Path, suffix: str) -> dict[str, str
             raise UserError(f"{name} is there twice, as {origins[name]} and as {origin}: give only one of them")
         origins[name] = origin
         bring(stage / ("masks" if stem_of(Path(name)).endswith(suffix) else "images") / name)
-    print("\n".join(passed_over(others, "the sources")), end="\n" * bool(others))
+    for line in passed_over(others, "the sources"):
+        print(line)
     return origins
 
 
 def verify(stage: Path, origins: dict[str, str], suffix: str) -> list[tuple[Path, Path]]:
-    """The pairs in the stage, each decoded once. Raises UserError for a file without partner and for a broken one."""
+    """Decode each pair in the stage, and return them. Raises UserError for a file without partner or a broken one."""
     advice = f"masks, whose names end in {suffix} (--mask-suffix): was train_masks.zip forgotten"
     for kind, rule in (("images", "photos"), ("masks", advice)):
         if not any((stage / kind).iterdir()):
@@ -117,12 +129,12 @@ def verify(stage: Path, origins: dict[str, str], suffix: str) -> list[tuple[Path
 
 
 def group_of(image: Path) -> str:
-    """The car; a photo that is not named as Carvana's stands for itself."""
+    """Return a photo's car; one that is not named as Carvana's stands for itself."""
     return car_of(image) or image.stem
 
 
 def choose_val_cars(cars: set[str], share: float, seed: int) -> set[str]:
-    """A random share of the cars, at least one, and never all."""
+    """Choose a random share of the cars, at least one, and never all."""
     if len(cars) < 2:
         raise UserError(f"all photos are of one car, {next(iter(cars))}: a second one is needed to validate on")
     count = min(max(1, round(share * len(cars))), len(cars) - 1)
@@ -130,7 +142,13 @@ def choose_val_cars(cars: set[str], share: float, seed: int) -> set[str]:
 
 
 def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how: str, suffix: str) -> None:
-    """The whole way; `how` is "copy", "link" or "move". An error leaves sources and data_dir's folders as they were."""
+    """Sort the sources into data_dir's four folders. An error leaves both as they were.
+
+    Args:
+        val_share: of the cars, to validate on.
+        how: "copy", "link" or "move".
+        suffix: what masks' names end in.
+    """
     stage = data_dir / ".split"
     plan = stage / "plan.json"  # there as soon as nothing can go wrong any more
     folders = [data_dir / f"{name}_{kind}" for name in ("train", "val") for kind in ("images", "masks")]
@@ -141,16 +159,16 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
         shutil.rmtree(stage, ignore_errors=True)
         for kind in ("images", "masks"):
             (stage / kind).mkdir(parents=True)
-        bring = {"copy": copy, "link": os.link, "move": link_or_copy}[how]
+        bring = {"copy": copy_file, "link": os.link, "move": link_or_copy}[how]
         origins = gather(find_sources(sources, bring), stage, suffix)
         pairs = verify(stage, origins, suffix)
         val_cars = choose_val_cars({group_of(image) for image, _ in pairs}, val_share, seed)
         places = {}
         for image, mask in pairs:
             name = "val" if group_of(image) in val_cars else "train"
-            train_pys = mask.name if suffix == MASK_SUFFIX else f"{image.stem}{MASK_SUFFIX}{mask.suffix}"
+            mask_name = mask.name if suffix == MASK_SUFFIX else f"{image.stem}{MASK_SUFFIX}{mask.suffix}"
             places[f"images/{image.name}"] = f"{name}_images/{image.name}"
-            places[f"masks/{mask.name}"] = f"{name}_masks/{train_pys}"
+            places[f"masks/{mask.name}"] = f"{name}_masks/{mask_name}"
         placed = {Path(file).name for file in places}  # not a second mask of a photo, which find_pairs passes over
         originals = [Path(origin).absolute() for name, origin in origins.items() if how == "move" and name in placed]
         with written_whole(plan) as temporary:
@@ -175,7 +193,7 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python -m tools.split_data", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="zip files and folders")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the four folders are [data]")
     parser.add_argument("--val-share", type=float, default=0.15, help="share of the cars to validate on [0.15]")

@@ -1,0 +1,93 @@
+"""Processes that start at once: a server that has imported train.py forks them."""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import socket
+import sys
+import time
+from pathlib import Path
+
+from conftest import SMALL
+
+import train
+from machinery import errors
+
+ROOT = Path(train.__file__).parent
+CONTEXT = multiprocessing.get_context("forkserver")  # importing train.py takes 5 s: once is enough
+CONTEXT.set_forkserver_preload(["train"])
+
+
+class Forked(CONTEXT.Process):
+    """A process in the working directory, of a group of its own as if a terminal had started it; it calls `main`.
+
+    What it prints goes to the files out.txt and err.txt, with `rank` in their names.
+    """
+
+    def __init__(self, *flags: str, largest_file: int = resource.RLIM_INFINITY, rank: int | str = "") -> None:
+        super().__init__()
+        self.flags, self.largest_file = flags, largest_file
+        self.printed = Path(f"out{rank}.txt"), Path(f"err{rank}.txt")
+        for path in self.printed:
+            path.write_text("")
+        self.start()
+
+    def run(self) -> None:
+        os.setsid()
+        multiprocessing.set_start_method("fork", force=True)  # of its workers: the server would have to import again
+        for number, path in enumerate(self.printed, start=1):
+            os.dup2(os.open(path, os.O_WRONLY), number)
+        sys.stdout.reconfigure(line_buffering=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, self.largest_file))
+        self.main()
+
+    def output(self) -> str:
+        return "".join(path.read_text() for path in self.printed)
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.output():
+            assert self.is_alive() or text in self.output(), self.output()
+            time.sleep(0.01)
+
+    def status(self, timeout: float = 60) -> int | None:
+        """The exit status, minus the signal's number if one has ended it; None while it lives."""
+        self.join(timeout)
+        return self.exitcode
+
+
+class Training(Forked):
+    """A run of a tiny network at a tiny size."""
+
+    def main(self) -> None:
+        errors.run(lambda: train.main([*SMALL, *self.flags]))
+
+
+class Script(Forked):
+    """What `python script flags` does, with more variables in its environment."""
+
+    def __init__(
+        self, script: Path, *flags: str, environment: dict[str, object] | None = None, rank: int | str = ""
+    ) -> None:
+        self.script, self.environment = str(script), environment or {}
+        super().__init__(*flags, rank=rank)
+
+    def main(self) -> None:
+        os.environ |= {name: str(value) for name, value in self.environment.items()}
+        for name, module in list(sys.modules.items()):  # the project's modules look at it when they are imported
+            if str(getattr(module, "__file__", None)).startswith(f"{ROOT}{os.sep}") and name != "__main__":
+                del sys.modules[name]
+        sys.argv = [self.script, *self.flags]
+        runpy.run_path(self.script, run_name="__main__")
+
+
+def start_processes(count: int, script: Path, *flags: str) -> list[Script]:
+    """Start the processes that torchrun would start on this machine, without it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    return [
+        Script(script, *flags, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}, rank=rank)
+        for rank in range(count)
+    ]
