@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import rows
+from conftest import PREPROCESSING, rows
 from PIL import Image
 
 import dataset
@@ -19,7 +19,7 @@ import predict
 import train
 import utils
 from dataset import CROPS, CarvanaDataset, CropDataset, cut
-from machinery import decoding, processes, report
+from machinery import decoding, report, samples
 from machinery.decoding import VOID, decode_mask, read_image
 from machinery.device import Device
 from machinery.errors import UserError
@@ -76,7 +76,7 @@ def test_only_what_changed_is_decoded_again(scattered, monkeypatch):
     Image.fromarray(np.eye(77, 66, dtype=np.uint8)).save("data/train_masks/1_mask.png")
     read, reading = [], decoding.read_sample
     monkeypatch.setattr(
-        dataset, "read_sample", lambda image, *rest: (read.append(image.name), reading(image, *rest))[1]
+        samples, "read_sample", lambda image, *rest: (read.append(image.name), reading(image, *rest))[1]
     )
     data = cropped()
     assert read == ["1.png"]
@@ -85,7 +85,7 @@ def test_only_what_changed_is_decoded_again(scattered, monkeypatch):
 
 
 def test_its_size_is_said_before_and_must_be_free(scattered, monkeypatch, capsys):
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000}))
+    monkeypatch.setattr(samples.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000}))
     data = cropped()
     needed = 4 * sum(height * width for height, width in [(200, 150), (90, 260), (40, 50), (130, 130)]) / 1e6
     assert f"it needs {needed:.0f} MB" in capsys.readouterr().out
@@ -106,12 +106,12 @@ def test_large_photos_are_decoded_one_at_a_time(scattered, monkeypatch):
         running.pop()
         return reading(*arguments)
 
-    monkeypatch.setattr(dataset, "read_sample", slow)
-    monkeypatch.setattr(dataset, "NUM_THREADS", 4)
+    monkeypatch.setattr(samples, "read_sample", slow)
+    monkeypatch.setattr(samples, "NUM_THREADS", 4)
     cropped("data/small")
     assert max(most) > 1
     most.clear()
-    monkeypatch.setattr(dataset, "LARGE", 1000)
+    monkeypatch.setattr(decoding, "LARGE", 1000)
     cropped("data/large")
     assert max(most) == 1
 
@@ -278,12 +278,14 @@ def test_an_encoder_slides_by_its_own_multiple():
 
 def test_a_run_validates_on_a_part_and_ends_with_all(scattered, run_train, monkeypatch, capsys):
     monkeypatch.setattr(dataset, "VAL_PHOTOS", 2)
-    seen, enlarge = [], utils.enlarge
-    monkeypatch.setattr(utils, "enlarge", lambda *arguments: (seen.append(arguments[2].shape), enlarge(*arguments))[1])
+    seen, enlarge = [], predict.enlarge
+    monkeypatch.setattr(
+        predict, "enlarge", lambda *arguments: (seen.append(arguments[2].shape), enlarge(*arguments))[1]
+    )
     run_train(*CROP, "--num-epochs", "1")
     out = capsys.readouterr().out
     checkpoint = utils.load_checkpoint(Path("my_checkpoint_best.pth.tar"))
-    assert checkpoint["preprocessing"]["scale"] == 1 and checkpoint["model"]["tile"] == [64, 64]
+    assert checkpoint["preprocessing"]["scale"] == 1 and tuple(checkpoint["model"]["tile"]) == (64, 64)
     assert [len(photos) for photos in utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["photo_dice"]] == [2]
     assert sorted(seen) == [(40, 50, 3), (90, 260, 3), (130, 130, 3), (200, 150, 3)]
     assert "train      4  " in out  # photos
@@ -311,12 +313,16 @@ def test_predict_follows_without_flags(scattered, run_train, capsys):
 def test_a_process_without_photos_adds_nothing(scattered, monkeypatch):
     data = CarvanaDataset("data/val_images", "data/val_masks", 1.0)
     data.prepare(None)
-    model, cpu = UNet(3, 1, (8, 16), tile=(64, 64)), Device(torch.device("cpu"), torch.float32)
-    model.start_from(0.1)
-    loader = utils.get_loaders(data, data, 4)[1]
-    assert utils.full_size_dice(loader, model, cpu)[0] == 0.25  # all background, which is right for one of four
-    monkeypatch.setattr(processes, "shard", lambda _: slice(0))
-    assert utils.full_size_dice(loader, model, cpu)[0] == 0
+    network = UNet(3, 1, (8, 16), tile=(64, 64))
+    model.set_first_prediction(network, 0.1)
+    preprocessing = PREPROCESSING | {"scale": 1.0}
+    state = {"model": network.config, "preprocessing": preprocessing, "state_dict": network.state_dict()}
+    utils.save_checkpoint(state, "network.pth.tar")
+    work = Path("network.pth.tar"), data, Device(torch.device("cpu"), torch.float32), 4
+    assert predict.full_size_dice(*work)[0] == 0.25  # all background, which is right for one of four
+    monkeypatch.setattr(predict, "RANK", 4)
+    monkeypatch.setattr(predict, "WORLD_SIZE", 5)
+    assert predict.full_size_dice(*work)[0] == 0
 
 
 @pytest.mark.parametrize("flags", [["--tile", "128"], ["--size", "100", "160"], ["--tta"], ["--batch-size", "3"]])

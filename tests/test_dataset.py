@@ -290,7 +290,7 @@ def test_cached_samples_are_the_decoded_ones(drawn, tmp_path):
 def test_a_second_run_decodes_nothing(drawn, tmp_path, monkeypatch):
     first = make_dataset(drawn)
     first.prepare(tmp_path)
-    monkeypatch.setattr("decoding.read_sample", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("machinery.samples.read_sample", lambda *_: pytest.fail("decoded again"))
     again = make_dataset(drawn)
     again.prepare(tmp_path)
     np.testing.assert_array_equal(again.infos, first.infos)
@@ -303,7 +303,7 @@ def test_only_what_changed_is_decoded_again(project, monkeypatch):
     changed = sorted((data / "train_images").iterdir())[5]
     Image.open(changed).rotate(180).save(changed)
     seen = []
-    monkeypatch.setattr("decoding.read_sample", lambda *args: seen.append(args[0]) or read_sample(*args))
+    monkeypatch.setattr("machinery.samples.read_sample", lambda *args: seen.append(args[0]) or read_sample(*args))
     cached = make_dataset(data)
     cached.prepare(project / "cache")
     assert seen == [changed]
