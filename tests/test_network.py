@@ -19,7 +19,7 @@ import train
 import utils
 from machinery.decoding import read_image
 from machinery.errors import Stopped, UserError
-from model import OnlyLogits, UNet, build_network, set_first_prediction
+from model import OnlyLogits, UNet, build_network, new_network, set_first_prediction
 from tools import export
 
 ROOT = Path(train.__file__).parent
@@ -116,8 +116,9 @@ def test_any_network_is_trained_and_predicted_with(project, run_train, swap, cap
     predict.main([str(photo), "--tta"])
     assert Image.open(f"predictions/{photo.stem}_mask.png").size == Image.open(photo).size
     image = read_image(photo, (32, 48))[None]
-    precise, rounded = (predict.load_model(BEST, "cpu", precision)(image) for precision in ("fp32", "bf16"))
-    assert rounded == pytest.approx(precise, abs=0.05)
+    precise, rounded = (predict.load_model(BEST, "cpu", precision) for precision in ("fp32", "bf16"))
+    assert rounded(image) == pytest.approx(precise(image), abs=0.05) and (rounded(image) != precise(image)).any()
+    assert all(value.dtype != torch.bfloat16 for value in rounded.state_dict().values())  # BatchNorm would lose by it
 
 
 def test_a_run_of_another_network_that_is_stopped_and_continued_ends_with_the_same_weights(project, run_train, swap):
@@ -153,6 +154,11 @@ def test_another_network_trains_on_crops_and_sees_whole_photos(project, run_trai
     assert predict.load_model(BEST).window == (64, 64)
     predict.main(["data/val_images"])
     assert len(list(Path("predictions").iterdir())) == 32
+
+
+def test_a_new_network_predicts_the_share_of_foreground_everywhere():
+    network = new_network({"features": (4, 8), "encoder": None, "tile": None}, checkpointing=False, foreground=0.2)
+    torch.testing.assert_close(network(torch.rand(2, 3, 32, 48)).sigmoid(), torch.full((2, 1, 32, 48), 0.2))
 
 
 def test_the_last_layers_bias_makes_the_first_prediction():
