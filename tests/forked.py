@@ -66,12 +66,14 @@ class Training(Forked):
 class Script(Forked):
     """What `python script flags` does, with more variables in its environment."""
 
-    def __init__(self, script: Path, *flags: str, environment: dict[str, object], rank: int | str = "") -> None:
-        self.script, self.environment = str(script), {name: str(value) for name, value in environment.items()}
+    def __init__(
+        self, script: Path, *flags: str, environment: dict[str, object] | None = None, rank: int | str = ""
+    ) -> None:
+        self.script, self.environment = str(script), environment or {}
         super().__init__(*flags, rank=rank)
 
     def main(self) -> None:
-        os.environ |= self.environment
+        os.environ |= {name: str(value) for name, value in self.environment.items()}
         for name, module in list(sys.modules.items()):  # the project's modules look at it when they are imported
             if str(getattr(module, "__file__", None)).startswith(f"{ROOT}{os.sep}") and name != "__main__":
                 del sys.modules[name]

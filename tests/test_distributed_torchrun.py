@@ -184,7 +184,7 @@ def start_machine(folder: Path, number: int, *flags: str) -> subprocess.Popen:
     command += [f"--local-addr=10.77.0.{number + 1}", TRAIN, *SMALL, "--precision", "fp32", *flags]
     return subprocess.Popen(
         command, cwd=folder / str(number), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"GLOO_SOCKET_IFNAME": f"wire{number}", "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"GLOO_SOCKET_IFNAME": f"wire{number}", "PYTHONUNBUFFERED": "1", "TIMEOUT_MINUTES": "0.2"},
     )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def test_two_machines_learn_what_one_learns_and_a_cut_wire_loses_nothing(two_mac
     without_torchrun(2, TRAIN, "--num-epochs", "3")
     wanted = weights()
 
-    flags = ["--num-epochs", "3", "--checkpoint-minutes", "0", "--timeout-minutes", "0.2"]
+    flags = ["--num-epochs", "3", "--checkpoint-minutes", "0"]
     machines = [start_machine(two_machines, number, *flags) for number in (0, 1)]
     monkeypatch.chdir(two_machines / "0")
     wait_for_checkpoint(machines[0])

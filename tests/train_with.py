@@ -7,5 +7,5 @@ import train
 from machinery import errors
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
+    multiprocessing.set_start_method(sys.argv[1], force=True)
     errors.run(lambda: train.main(sys.argv[2:]))
