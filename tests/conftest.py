@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in child processes, too: tiny networks' threads wait for one another
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for a process that runs no script of this folder
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, Path(__file__).parents[:2]))  # for processes without a script
 import numpy as np
 import pytest
 import torch
@@ -50,8 +50,12 @@ def run_train(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     The curves, which take matplotlib a third of that time, are empty outside of test_report.py and test_report_page.py.
     """
     if "report" not in request.module.__name__:
-        monkeypatch.setattr(report, "draw_curves", lambda history, path: path.touch())
+        monkeypatch.setattr(report, "draw_curves", draw_no_curves)
     return lambda *flags: train.main([*SMALL, *flags])
+
+
+def draw_no_curves(history: list[dict], path: Path) -> None:
+    path.touch()
 
 
 def leave_photos(train: int, val: int) -> None:

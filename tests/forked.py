@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import SMALL
+from conftest import SMALL, draw_no_curves
 
 import train
-from machinery import errors
+from machinery import errors, report
 
 ROOT = Path(train.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "torchvision"])  # the last two are imported by a run
+CONTEXT.set_forkserver_preload(["forked", "torch._dynamo", "torchvision"])  # a run imports the last two
 
 
 class Forked(CONTEXT.Process):
@@ -57,9 +57,10 @@ class Forked(CONTEXT.Process):
 
 
 class Training(Forked):
-    """A run of a tiny network at a tiny size."""
+    """A run of a tiny network at a tiny size, without curves."""
 
     def main(self) -> None:
+        report.draw_curves = draw_no_curves
         errors.run(lambda: train.main([*SMALL, *self.flags]))
 
 
