@@ -59,9 +59,9 @@ class UpConv(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         kernel = self.weight.permute(2, 3, 1, 0).reshape(-1, self.in_channels)  # (2 * 2 * out, in)
-        x = F.linear(x.permute(0, 2, 3, 1), kernel, self.bias.repeat(4)).view(batch, height, width, 2, 2, -1)
-        x = x.transpose(2, 3).reshape(batch, 2 * height, 2 * width, -1)  # rows of a pixel's two halves, one by one
-        return x.permute(0, 3, 1, 2)
+        x = F.linear(x.permute(0, 2, 3, 1), kernel, self.bias.repeat(4))  # (N, H, W, 2 * 2 * out)
+        x = x.view(batch, height, width, 2, 2, -1).transpose(2, 3)  # (N, H, 2, W, 2, out)
+        return x.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)  # (N, out, 2 H, 2 W)
 
 
 class UNet(nn.Module):
@@ -110,8 +110,8 @@ class UNet(nn.Module):
             channels *= 2
         self.multiple = 2 ** len(skips)
 
-        self.ups = nn.ModuleList()  # twice the height and width, and the stage's channels
-        self.up_convs = nn.ModuleList()  # merges that with the skip of as many channels
+        self.ups = nn.ModuleList()  # give twice the height and width, and the stage's channels
+        self.up_convs = nn.ModuleList()  # merge that with the skip
         for skip in reversed(skips):
             feature = max(64, skip) if encoder else skip  # thinner stages learn slowly
             self.ups.append(UpConv(channels, feature, 2, stride=2))
@@ -135,12 +135,12 @@ class UNet(nn.Module):
         if any(beyond):  # every stage is to halve without a remainder
             x = F.pad(x, (0, beyond[1], 0, beyond[0]), mode="replicate")
 
-        *skips, x = self.recomputed(self.encoder, x) if self.encoder else self.encode(x)
+        *skips, x = self.recomputed(self.encoder, x) if self.encoder else self.encode(x)  # (N, 1024, H / 16, W / 16)
         for up, up_conv in zip(self.ups, self.up_convs, strict=True):
-            x, skip = up(x), skips.pop()  # both (N, features, h, w)
+            x, skip = up(x), skips.pop()  # both (N, 512, H / 8, W / 8) at first, and (N, 64, H, W) at last
             x = self.recomputed(up_conv, x if skip is None else torch.cat((skip, x), dim=1))
 
-        return self.head(x)[..., :height, :width]
+        return self.head(x)[..., :height, :width]  # (N, 1, height, width)
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Return each stage's output, (N, 64, H, W) to (N, 512, H / 8, W / 8), and the bottleneck's at H / 16."""

@@ -23,13 +23,13 @@ import albumentations as A
 
 from dataset import CarvanaDataset, CropDataset
 from machinery import processes
-from machinery.checkpoints import Beginning, CheckpointWriter, State, reserved
+from machinery.checkpoints import Beginning, CheckpointWriter, State, reserved, settle
 from machinery.device import Device, choose_device, memory_errors, to_device
 from machinery.errors import run as run_script
 from machinery.muon import Muon, muon_groups
 from machinery.report import Report
 from machinery.runs import Run
-from machinery.settings import read_settings, settle
+from machinery.settings import read_settings
 from model import new_network, size_multiple, update_batch_norm
 from predict import full_size_dice
 from utils import check_accuracy, get_loaders, load_checkpoint, save_predictions_as_imgs, score_names

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from machinery import processes
 from machinery.decoding import Rule, rule_from
+from machinery.encoders import encoder_normalisation
 from machinery.errors import UserError
 from machinery.files import is_locked, lock_of, remove_leftovers, saving
+from machinery.sample_data import use_sample_if_empty
 from machinery.samples import Samples
 
 LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
@@ -413,6 +415,15 @@ def _to_start_from(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) 
         if tuple(before[name]) != tuple(getattr(s, name)):
             print(f"{name.upper()} was {before[name]} there and is {getattr(s, name)} here.")
     return checkpoint
+
+
+def settle(s: SimpleNamespace) -> None:
+    """Set what depends on other settings: a crop's size, drawn cars where data/ is empty, an encoder's own mean."""
+    if s.crop:
+        s.image_height, s.image_width = s.crop  # a crop is all that the network sees
+    use_sample_if_empty(s)
+    if s.encoder:
+        s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)
 
 
 @contextmanager

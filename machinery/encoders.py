@@ -44,7 +44,7 @@ class Encoder(nn.Module):
         return [features.get(2**stage) for stage in range(len(self.channels))]
 
     def load_pretrained(self, file: str | None = None) -> None:
-        """Takes the weights from a file, a state dict in timm's names, or from where timm downloads them.
+        """Take the weights from a file, a state dict in timm's names, or from where timm downloads them.
 
         Raises UserError where they cannot be had, or are another network's.
         """
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
 
 
 def timm_with(name: str) -> ModuleType:
-    """The package timm, if it is there and has a network of that name. Raises UserError otherwise."""
+    """Return the package timm. Raises UserError where it is missing, or has no network of that name."""
     try:
         import timm
     except ImportError as error:
@@ -83,7 +83,7 @@ def timm_with(name: str) -> ModuleType:
 
 
 def read_weights(name: str, file: str) -> dict[str, Tensor]:
-    """The weights of timm's network of that name, from a file. Raises UserError if they cannot be, or are another's."""
+    """Read the weights of timm's network of that name from a file. Raises UserError if it is damaged or another's."""
     timm = timm_with(name)
     try:
         weights = timm.models.load_state_dict(file, weights_only=True)
@@ -101,7 +101,7 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
 
 
 def encoder_normalisation(name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple, tuple]:
-    """The mean and std of timm's network; instead those given, with a line, if they are no longer ImageNet's."""
+    """Return the mean and std of timm's network; instead those given, with a line, if they are not ImageNet's."""
     timm = timm_with(name)
     own = timm.get_pretrained_cfg(name)
     if (mean, std) != (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD):

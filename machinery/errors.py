@@ -1,6 +1,5 @@
 """Errors that people can fix, signals that stop a run, and how a script ends. Imports nothing of the project."""
 
-import gc
 import os
 import signal
 import sys
@@ -49,8 +48,7 @@ def run(main: Callable[[], None]) -> None:
     except Exception:
         traceback.print_exc()
         status = 1
-    # Frames of an exception from a worker hold one another, and the DataLoader, whose workers Python would wait for
-    gc.collect()
+    # Here the exception is gone, and with it the DataLoader that its frames held, and its workers
     if status:
         time.sleep(wait)  # during which torchrun ends this process, if another one has ended
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or group_is_open():

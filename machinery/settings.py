@@ -125,19 +125,6 @@ def read_settings(
         constants.update(before)
 
 
-def settle(s: SimpleNamespace) -> None:
-    """Set what depends on other settings: a crop's size, drawn cars where data/ is empty, an encoder's own mean."""
-    from machinery.sample_data import use_sample_if_empty  # whose own flags are made with this module
-
-    if s.crop:
-        s.image_height, s.image_width = s.crop  # a crop is all that the network sees
-    use_sample_if_empty(s)
-    if s.encoder:
-        from machinery.encoders import encoder_normalisation  # which imports torch
-
-        s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)
-
-
 Range = tuple[str, type | tuple[type, ...], Callable[[object], bool], str]  # name, type, is it valid, what is wanted
 
 

@@ -1,4 +1,4 @@
-"""Processes that start at once: a server that has imported train.py forks them."""
+"""Processes that start at once: a server forks them, which has imported all that takes 5 to 10 s."""
 
 import multiprocessing
 import os
@@ -15,8 +15,8 @@ import train
 from machinery import errors
 
 ROOT = Path(train.__file__).parent
-CONTEXT = multiprocessing.get_context("forkserver")  # importing train.py takes 5 s: once is enough
-CONTEXT.set_forkserver_preload(["train"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "torchvision"])  # the last two are imported by a run
 
 
 class Forked(CONTEXT.Process):

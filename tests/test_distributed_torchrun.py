@@ -93,6 +93,7 @@ def test_several_processes_learn_what_one_learns(project, processes, crop, batch
 
 
 def test_another_number_of_processes_goes_on_at_the_same_image(project):
+    leave_photos(32, 8)
     flags = ["--num-epochs", "2", "--checkpoint-minutes", "0", "--weight-decay", "0"]
     alone(*flags, "--checkpoint", "alone.pth.tar")
     wanted = printed()
@@ -109,6 +110,7 @@ def test_another_number_of_processes_goes_on_at_the_same_image(project):
 
 
 def test_a_killed_process_is_started_again_and_the_weights_are_the_same(project):
+    leave_photos(32, 8)
     flags = ["--num-epochs", "3", "--checkpoint-minutes", "0"]
     without_torchrun(2, TRAIN, *flags, "--checkpoint", "whole.pth.tar")
     process = torchrun(*flags, max_restarts=3)

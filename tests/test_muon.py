@@ -1,13 +1,15 @@
-"""Muon learns the same whatever a machine makes of float32 products."""
+"""Muon learns the same whatever a machine makes of float32 products, and learns the kernels that it is meant for."""
 
 from collections import defaultdict
 
 import pytest
 import torch
 from conftest import rows
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from machinery.muon import adam_, float32_products, muon_, newton_schulz
+from machinery.muon import Muon, adam_, float32_products, muon_, muon_groups, newton_schulz
+from model import UNet
 
 PRODUCTS = {"aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"}
 BITS = {"none": 23, "ieee": 23, "tf32": 10, "bf16": 7}  # of mantissa that a machine may round a product's factors to
@@ -140,3 +142,80 @@ def test_the_other_weights_take_the_steps_of_pytorchs_adam():
             adam_(weights, states, 0.1)
         adam.step()
     torch.testing.assert_close(weights, twins)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups
+
+
+def names_in_groups(network: nn.Module) -> dict[str, list[str]]:
+    """The names of the weights of each group: "muon", "adam", and "pretrained", whose rate is lower."""
+    names = {weight: name for name, weight in network.named_parameters()}
+    groups = muon_groups(network, lr=1.0, weight_decay=0.0)
+    kinds = [group["update"] if group["lr"] > 0.01 else "pretrained" for group in groups]
+    return {kind: [names[weight] for weight in group["params"]] for kind, group in zip(kinds, groups, strict=True)}
+
+
+def test_the_groups_of_the_u_net_stay_as_checkpoints_have_them():
+    """An optimizer's state belongs to weights by their places in the groups."""
+    assert names_in_groups(UNet(features=(4,))) == {
+        "muon": [
+            "downs.0.layers.0.weight",
+            "downs.0.layers.3.weight",
+            "bottleneck.layers.0.weight",
+            "bottleneck.layers.3.weight",
+            "ups.0.weight",
+            "up_convs.0.layers.0.weight",
+            "up_convs.0.layers.3.weight",
+        ],
+        "adam": [
+            *(f"downs.0.layers.{layer}.{kind}" for layer in (1, 4) for kind in ("weight", "bias")),
+            *(f"bottleneck.layers.{layer}.{kind}" for layer in (1, 4) for kind in ("weight", "bias")),
+            "ups.0.bias",
+            *(f"up_convs.0.layers.{layer}.{kind}" for layer in (1, 4) for kind in ("weight", "bias")),
+            "head.weight",
+            "head.bias",
+        ],
+    }
+
+
+class Zoo(nn.Module):
+    """Weights of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(3, 8, 3, bias=False)
+        self.transposed = nn.ConvTranspose2d(8, 4, 2, bias=False)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8, bias=False)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2, bias=False)
+        self.header = nn.Conv2d(8, 8, 1, bias=False)
+        self.encoder = nn.Conv2d(8, 8, 1, bias=False)  # not pretrained
+        self.position = nn.Parameter(torch.zeros(1, 8, 4, 4))
+        self.linear = nn.Linear(8, 8, bias=False)
+        self.volume = nn.Conv3d(8, 8, 3, bias=False)
+        self.gate = nn.Conv2d(8, 1, 1, bias=False)
+        self.last = nn.ConvTranspose2d(8, 1, 2, bias=False)
+
+
+def test_muon_is_for_layers_that_mix_channels():
+    kinds = {"muon": ["plain", "transposed", "header", "encoder"]}
+    kinds["adam"] = ["position", "depthwise", "grouped", "linear", "volume", "gate", "last"]
+    assert names_in_groups(Zoo()) == {
+        kind: [name if name == "position" else f"{name}.weight" for name in names] for kind, names in kinds.items()
+    }
+
+
+def test_a_head_is_left_to_adam_however_many_channels_it_has():
+    network = nn.Sequential()
+    network.body, network.head = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 4, 1), nn.PixelShuffle(2))
+    assert names_in_groups(network) == {"muon": ["body.weight"], "adam": ["body.bias", "head.0.weight", "head.0.bias"]}
+
+
+def test_frozen_weights_stay_as_they_are():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 1))
+    before = {name: weight.clone() for name, weight in network.named_parameters()}
+    optimizer = Muon(muon_groups(network, 0.1, 0.01))
+    network(torch.randn(2, 3, 8, 8)).mean().backward()
+    optimizer.step()
+    moved = [name for name, weight in network.named_parameters() if not torch.equal(weight, before[name])]
+    assert moved == ["1.weight", "1.bias", "2.weight", "2.bias"]

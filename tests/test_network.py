@@ -17,11 +17,13 @@ import model
 import predict
 import train
 import utils
+from machinery.decoding import read_image
 from machinery.errors import Stopped, UserError
-from model import OnlyLogits, UNet, build_network, set_first_prediction
+from model import OnlyLogits, UNet, build_network, new_network, set_first_prediction
 from tools import export
 
 ROOT = Path(train.__file__).parent
+BEST = "my_checkpoint_best.pth.tar"
 
 
 def network_of(*last: nn.Module) -> nn.Sequential:
@@ -38,6 +40,17 @@ class Pooled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.norm(x.mean((2, 3), keepdim=True))
+
+
+class Position(nn.Module):
+    """Multiplies by a constant of float32, whatever type the weights have, and convolves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x * torch.linspace(0.5, 1, x.shape[-1]))
 
 
 class Dictionary(nn.Module):
@@ -66,6 +79,7 @@ NETWORKS = {
     "enlarged": lambda: network_of(nn.MaxPool2d(2), nn.Conv2d(8, 1, 1), nn.Upsample(scale_factor=2, mode="bilinear")),
     "pixels shuffled": lambda: network_of(nn.MaxPool2d(2), nn.Conv2d(8, 4, 1), nn.PixelShuffle(2)),
     "depthwise": lambda: network_of(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 1, 1)),
+    "float32 constants": lambda: network_of(Position(), nn.Conv2d(8, 1, 1)),
     "frozen": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False), nn.Conv2d(8, 1, 1)),
 }
 
@@ -101,6 +115,10 @@ def test_any_network_is_trained_and_predicted_with(project, run_train, swap, cap
     photo = min(Path("data/val_images").iterdir())
     predict.main([str(photo), "--tta"])
     assert Image.open(f"predictions/{photo.stem}_mask.png").size == Image.open(photo).size
+    image = read_image(photo, (32, 48))[None]
+    precise, rounded = (predict.load_model(BEST, "cpu", precision) for precision in ("fp32", "bf16"))
+    assert rounded(image) == pytest.approx(precise(image), abs=0.05) and (rounded(image) != precise(image)).any()
+    assert all(value.dtype != torch.bfloat16 for value in rounded.state_dict().values())  # BatchNorm would lose by it
 
 
 def test_a_run_of_another_network_that_is_stopped_and_continued_ends_with_the_same_weights(project, run_train, swap):
@@ -133,9 +151,14 @@ def test_another_network_trains_on_crops_and_sees_whole_photos(project, run_trai
     swap(make)
     run_train("--num-epochs", "1", "--crop", "64", "64", "--batch-size", "32")
     assert set(shapes) == {(64, 64), (64, 96)}
-    assert predict.load_model("my_checkpoint_best.pth.tar").window == (64, 64)
+    assert predict.load_model(BEST).window == (64, 64)
     predict.main(["data/val_images"])
     assert len(list(Path("predictions").iterdir())) == 32
+
+
+def test_a_new_network_predicts_the_share_of_foreground_everywhere():
+    network = new_network({"features": (4, 8), "encoder": None, "tile": None}, checkpointing=False, foreground=0.2)
+    torch.testing.assert_close(network(torch.rand(2, 3, 32, 48)).sigmoid(), torch.full((2, 1, 32, 48), 0.2))
 
 
 def test_the_last_layers_bias_makes_the_first_prediction():
@@ -161,7 +184,7 @@ def test_an_exported_network_gives_its_probabilities(project, run_train, swap, m
     run_train("--num-epochs", "1")
     monkeypatch.setattr(export, "SECONDS", 0)
     export.main([])
-    session, network = onnxruntime.InferenceSession("car.onnx"), predict.load_model("my_checkpoint_best.pth.tar", "cpu")
+    session, network = onnxruntime.InferenceSession("car.onnx"), predict.load_model(BEST, "cpu")
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
     expected = torch.from_numpy(network(images)).sigmoid().numpy()
     assert np.abs(session.run(None, {"images": images})[0] - expected).max() < 1e-4
@@ -226,13 +249,13 @@ def test_a_network_that_cannot_be_built_without_memory_is_read(project, run_trai
 
     swap(make)
     run_train("--num-epochs", "1")
-    assert same(weights("my_checkpoint_best.pth.tar"), weights())
+    assert same(weights(BEST), weights())
 
 
 def test_a_checkpoint_of_another_network_is_refused(photos, swap):
     swap(NETWORKS["dictionary"])
     sentence = refusal(partial(predict.main, ["data/val_images"]))
-    assert sentence.startswith("my_checkpoint_best.pth.tar is not from this train.py, or of another network than")
+    assert sentence.startswith(f"{BEST} is not from this train.py, or of another network than")
 
 
 @pytest.mark.parametrize("tile", [None, (64, 64)])

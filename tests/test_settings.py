@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, rows
+from conftest import SMALL, leave_photos, rows
 
 import train
 from machinery.errors import UserError
@@ -101,8 +101,10 @@ def test_a_constant_that_a_user_adds_follows_its_flag_wherever_it_is_read(projec
     edited = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(edited)
 
+    leave_photos(8, 4)
+
     def first_loss(*flags: str) -> float:
-        edited.main([*SMALL, "--num-epochs", "1", "--batch-size", "64", *flags])
+        edited.main([*SMALL, "--num-epochs", "1", "--batch-size", "8", *flags])
         return float(rows()[0]["train_loss"])
 
     doubled = first_loss()
@@ -125,9 +127,10 @@ def test_settings_are_settled_before_training_and_never_written_afterwards(proje
         train_(Settled(**before))
         assert vars(s) == before
 
-    run_train("--num-epochs", "1", "--batch-size", "64", "--checkpoint", "before.pth.tar")
+    leave_photos(8, 4)
+    run_train("--num-epochs", "1", "--checkpoint", "before.pth.tar")
     train_ = train.train
     monkeypatch.setattr(train, "train", train_settled)
     for more in (["--num-epochs", "1"], ["--num-epochs", "2", "--load-model"]):
-        run_train("--batch-size", "64", *flags, *more)
+        run_train("--batch-size", "16", *flags, *more)
     assert len(rows()) == 2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows, same, weights
+from conftest import leave_photos, rows, same, weights
 
 import train
 from machinery.errors import UserError
@@ -23,6 +23,7 @@ def test_a_new_run_begins_with_the_weights(project, run_train):
 
 
 def test_another_network_is_refused(project, run_train):
+    leave_photos(8, 4)
     run_train("--num-epochs", "1")
     flags = ["--image-height", "64", "--image-width", "64", "--start-from", "my_checkpoint.pth.tar"]
     with pytest.raises(UserError, match=r"has FEATURES = \(8, 16\), but it is \(8, 24\) here: set FEATURES to"):
@@ -35,6 +36,7 @@ def test_another_network_is_refused(project, run_train):
 
 
 def test_it_is_ignored_when_continuing(project, run_train, capsys):
+    leave_photos(8, 4)
     run_train("--num-epochs", "1")
     Path("my_checkpoint.pth.tar").rename("first.pth.tar")
     flags = ["--start-from", "first.pth.tar"]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import rows, same, weights
+from conftest import leave_photos, rows, same, weights
 from PIL import Image
 
 import train
@@ -46,6 +46,7 @@ def test_a_run_learns_and_leaves_what_is_promised(project, run_train, capsys):
 
 
 def test_saved_pictures_show_each_validation_batch(project, run_train):
+    leave_photos(14, 32)
     run_train("--num-epochs", "1", "--batch-size", "14")  # 32 photos: 14, 14 and 4
     pictures = [f"{kind}{n}.png" for kind in ("", "pred_", "overlay_") for n in range(3)]
     others = [".lock", "curves.png", "index.html", "metrics.csv", "train_batch.png"]
@@ -58,6 +59,7 @@ def test_saved_pictures_show_each_validation_batch(project, run_train):
 
 
 def test_pictures_of_an_earlier_run_with_more_batches_are_removed(project, run_train):
+    leave_photos(4, 32)
     run_train("--num-epochs", "1", "--batch-size", "4")
     Path("saved_images/77.png").touch()  # no prediction beside it: not ours
     run_train("--num-epochs", "1", "--batch-size", "16")
@@ -67,6 +69,7 @@ def test_pictures_of_an_earlier_run_with_more_batches_are_removed(project, run_t
 
 
 def test_a_seed_gives_the_same_weights_for_any_number_of_workers(project, run_train):
+    leave_photos(16, 4)
     run_train("--num-epochs", "1")
     first = weights()
     run_train("--num-epochs", "1", "--num-workers", "2")
@@ -76,6 +79,7 @@ def test_a_seed_gives_the_same_weights_for_any_number_of_workers(project, run_tr
 
 
 def test_the_cache_changes_nothing_but_time(project, run_train):
+    leave_photos(16, 4)
     run_train("--num-epochs", "1")
     first = weights()
     run_train("--num-epochs", "1", "--cache-dir", "none")
@@ -84,6 +88,7 @@ def test_the_cache_changes_nothing_but_time(project, run_train):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_precision_of_the_cpu_trains(project, run_train, precision):
+    leave_photos(16, 4)
     run_train("--num-epochs", "1", "--precision", precision)
     assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in weights().values())
 

@@ -8,11 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, leave_photos
 from PIL import Image
 
 import train
 from machinery import errors
+
+
+@pytest.fixture
+def project(project: Path) -> Path:
+    leave_photos(16, 8)
+    return project
 
 
 def first(folder: str) -> Path:

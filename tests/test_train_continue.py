@@ -26,7 +26,7 @@ NEW_IN_FORMAT_2 = ("format", "computed", "optimizer_name")
 CHECKPOINT, PREVIOUS = Path("my_checkpoint.pth.tar"), Path("my_checkpoint.prev.pth.tar")
 
 
-CROPS = ["--crop", "64", "64", "--batch-size", "16"]  # of which there are more than photos: larger batches
+CROPS = ["--crop", "64", "64", "--batch-size", "32"]  # of which there are more than photos: larger batches
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def scores() -> list[dict[str, str]]:
 @pytest.mark.parametrize(("precision", "workers", "more"), [("bf16", "0", []), ("fp32", "2", []), ("fp32", "2", CROPS)])
 def test_a_run_killed_anywhere_and_continued_ends_with_the_same_weights(project, precision, workers, more, kill):
     flags = ["--precision", precision, "--num-workers", workers, *more]
-    flags += ["--checkpoint-minutes", "0", "--num-epochs", "3"]
+    flags += ["--checkpoint-minutes", "0", "--num-epochs", "2"]
     whole = Training(*flags)
     whole.wait_for("train_loss")
     begun = time.monotonic()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, rows, same, weights
+from conftest import SMALL, leave_photos, rows, same, weights
 
 import train
 import utils
@@ -96,7 +96,7 @@ def test_compiling_changes_no_weight(monkeypatch):
     found = []
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for flag in ("no", "yes"):
-        state, s = state_and_settings("--compile", flag)
+        state, s = state_and_settings("--compile", flag, "--features", "8")
         assert (state.forward is state.model) == (flag == "no")
         for _ in range(2):
             train.train_step(state, *batch(), CPU, s)
@@ -110,10 +110,10 @@ def test_where_compiling_fails_it_says_why_and_goes_on(monkeypatch, capsys):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
-    state, s = state_and_settings("--compile", "yes")
+    state, s = state_and_settings("--compile", "yes", "--features", "8")
     assert state.forward is state.model
     assert re.search("torch.compile failed .*no compiler here.*training continues without it", capsys.readouterr().out)
-    untouched, _ = state_and_settings()
+    untouched, _ = state_and_settings("--features", "8")
     assert same(state.model.state_dict(), untouched.model.state_dict())
     assert train.train_step(state, *batch(), CPU, s).isfinite()
 
@@ -139,12 +139,14 @@ def test_batches_are_always_full(project, run_train, monkeypatch, flags):
 
 
 def test_training_and_validation_have_one_loss(project, run_train, monkeypatch):
+    leave_photos(32, 8)
     monkeypatch.setattr(train, "image_losses", lambda logits, masks, dice_weight: 0 * logits.flatten(1).mean(1) + 7)
     run_train("--num-epochs", "1", "--batch-size", "24")
     assert float(rows()[0]["train_loss"]) == float(rows()[0]["val_loss"]) == 7
 
 
 def test_another_optimizer_is_one_line(project, run_train, monkeypatch):
+    leave_photos(8, 4)
     monkeypatch.setattr(train, "Muon", functools.partial(torch.optim.SGD, momentum=0.9))
     for flags in (["--num-epochs", "1"], ["--num-epochs", "2", "--load-model"]):
         run_train("--precision", "fp16", *flags)
@@ -263,6 +265,7 @@ def test_the_dice_weight_adds_soft_dice(project, run_train):
 
 
 def test_the_dice_weight_counts_in_training_and_validation(project, run_train, capsys):
+    leave_photos(8, 4)
     run_train("--num-epochs", "1")
     before = rows()[0]
     run_train("--num-epochs", "1", "--dice-weight", "1")

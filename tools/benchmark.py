@@ -42,12 +42,13 @@ import train
 import utils
 from dataset import CarvanaDataset
 from machinery import processes, samples
+from machinery.checkpoints import settle
 from machinery.device import Device, choose_device, choose_num_workers
 from machinery.errors import UserError, run
 from machinery.files import find_pairs, written_whole
 from machinery.report import Report
 from machinery.sample_data import draw_dataset
-from machinery.settings import Parser, check_settings, parse_settings, settle
+from machinery.settings import Parser, check_settings, parse_settings
 from model import build_network, size_multiple
 from predict import full_size_dice
 from train import A  # albumentations, once train.py has prepared its import
