@@ -43,7 +43,7 @@ class Device:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def to(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Send a loader's uint8 batch to the device, as float32: images (N, 3, H, W), normalised, and masks (N, 1, H, W).
+        """Send a uint8 batch to the device, as float32: images (N, 3, H, W), normalised, and masks (N, 1, H, W).
 
         Masks are 1 on the foreground, 0 on the background, and nan where they are void.
         """
