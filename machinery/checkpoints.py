@@ -98,14 +98,14 @@ def _without_memory(build_network: Callable[[dict], nn.Module], config: dict) ->
 
 
 def _upgraded(checkpoint: dict) -> dict:
-    """A checkpoint of any format as one of today's."""
+    """Turn a checkpoint of any format into one of today's."""
     lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0), "optimizer_name": "Muon"}
     lacking |= {"rule": asdict(Rule(low=0.0, high=65535.0)), "photo_size": None}
     return lacking | checkpoint
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the zip file that torch.save has written: torch.load does not look at its checksums."""
+    """Return what is wrong with a file of torch.save, a zip file: torch.load does not look at its checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -123,7 +123,7 @@ def _damage(path: Path) -> str | None:
 
 
 def sibling(path: Path, tag: str) -> Path:
-    """A file that belongs to a checkpoint: my_checkpoint.pth.tar, "_best" -> my_checkpoint_best.pth.tar"""
+    """Return a file that belongs to a checkpoint: my_checkpoint.pth.tar, "_best" -> my_checkpoint_best.pth.tar"""
     stem, dot, suffixes = path.name.partition(".")
     return path.with_name(f"{stem}{tag}{dot}{suffixes}")
 
@@ -149,7 +149,7 @@ def is_free(path: Path) -> bool:
 
 
 def restore_previous(path: Path) -> None:
-    """Where a checkpoint is damaged, or missing since a kill fell between two renames, puts the one before there."""
+    """Put the checkpoint before in the place of one that is damaged, or missing since a kill between two renames."""
     damage, previous = _damage(path), sibling(path, ".prev")
     if damage and not _damage(previous):
         print(f"{path} {damage}: {previous.name}, the checkpoint before it, takes its place.")
@@ -245,7 +245,7 @@ class CheckpointWriter:
         self.thread.shutdown()
 
     def save(self, state: object, is_best: bool = False) -> None:
-        """Queues what state.state_dict() returns, which is copied now, and the best weights if these are."""
+        """Queue what state.state_dict() returns, which is copied now, and the best weights if these are."""
         if processes.RANK > 0:
             return
         newest = self.header | state.state_dict()
@@ -261,13 +261,13 @@ class CheckpointWriter:
         return time.monotonic() - self.saved_at
 
     def wait(self) -> None:
-        """Waits until everything is written. Raises UserError where that failed."""
+        """Wait until everything is written. Raises UserError where that failed."""
         if self.pending:
             self.pending.result()
 
 
 def _copy(value: object, copies: dict[int, Tensor]) -> object:
-    """A copy whose tensors are in the host's memory; one that occurs twice is copied once."""
+    """Copy a value, with its tensors in the host's memory; one that occurs twice is copied once."""
     if isinstance(value, Tensor):
         if id(value) not in copies:
             copies[id(value)] = value.detach().to("cpu", copy=True)
@@ -306,12 +306,12 @@ class Beginning:
 
     @property
     def rule(self) -> Rule | None:
-        """The rule by which a continued run decodes its files."""
+        """Return the rule by which a continued run decodes its files."""
         return rule_from(self.continued and self.continued["rule"])
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the run began with the weights of START_FROM."""
+        """Return whether the run began with the weights of START_FROM."""
         return bool(self.started_from or (self.continued and self.continued["settings"].get("start_from")))
 
     @property
@@ -327,7 +327,7 @@ class Beginning:
         if len(set(map(str, processes.all_gather_object(data)))) > 1:
             raise UserError("the machines have different photos or masks: give all of them the same, or a shared disk")
         settings = vars(s)
-        if self.continued:  # it goes on as it began
+        if self.continued:  # it continues as it began
             settings = settings | {"start_from": self.continued["settings"].get("start_from")}
         return {
             "format": FORMAT,
@@ -381,7 +381,7 @@ def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], re
 
 
 def adapted(checkpoint: dict, header: dict) -> dict:
-    """The checkpoint without what is void with today's photos, masks and seed; prints what that is."""
+    """Reset what does not fit today's photos, masks and seed in a checkpoint, print what that is, and return it."""
     data, settings = ([side[name] for side in (header, checkpoint)] for name in ("data", "settings"))
     if data[0]["val"] != data[1]["val"]:
         print("The validation photos have changed: scores before and after do not compare, and a new best is sought.")
