@@ -548,6 +548,81 @@ def test_a_mask_that_would_fill_the_memory_is_refused():
     assert "photos/a.xml: image a.jpg, shape 1 (car)" in error_of("photos")
 
 
+def cvat_mask(runs: str, left: object = 0, top: object = 0, width: object = 8, height: object = 9) -> str:
+    return f'<mask label="car" rle="{runs}" left="{left}" top="{top}" width="{width}" height="{height}"></mask>'
+
+
+WRAPPING = f"{2**62}, {2**62}, {2**62}, {2**62}, 72"  # their sum is 72 in 64 bits: memory was overwritten
+TURNED = '<box label="car" xtl="1" ytl="1" xbr="9" ybr="9" rotation="{}"></box>'
+PIXELS = SIZE[0] * SIZE[1]
+OVERFLOWS = {
+    "runs whose sum wraps around": cvat_mask(WRAPPING),
+    "a run beyond 64 bits": cvat_mask(f"{2**64}, 72"),
+    "a negative run": cvat_mask("80, -8"),
+    "a mask that is larger than the photo": cvat_mask(PIXELS * 9, width=SIZE[1] * 9, height=SIZE[0]),
+    "a negative size": cvat_mask("72", width=-8, height=-9),
+    "a place far away": cvat_mask("0, 72", left=1e300),
+    "a place that is no number": cvat_mask("0, 72", top="nan"),
+    "a size that is infinite": cvat_mask("0, 72", width="inf"),
+    "no angle": TURNED.format("nan"),
+    "an angle without end": TURNED.format("inf"),
+}
+
+
+@pytest.mark.parametrize("odd", OVERFLOWS)
+def test_numbers_of_cvat_are_checked_before_they_size_memory(odd):
+    photo("photos/a.jpg")
+    write("photos/a.xml", cvat_file(OVERFLOWS[odd]))
+    assert "photos/a.xml: image a.jpg, shape 1 (car) cannot be read" in error_of("photos")
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [2**62, 2**62, 2**62, 2**62, PIXELS],  # 2 ** 64 + PIXELS
+        [2**64, PIXELS],
+        [-PIXELS, PIXELS, PIXELS],
+        [float("nan")],
+        [[PIXELS]],
+        [PIXELS - 0.5, 0.5],
+        "?" * 300_000,  # digits of one number without end, which took a minute
+        "o" * 300_000,
+        "\u20ac",
+    ],
+    ids=lambda counts: ascii(counts)[:20],
+)
+def test_run_lengths_of_coco_are_checked_before_they_size_memory(counts):
+    photo("photos/a.jpg")
+    write("photos/a.json", coco_file({"segmentation": {"size": list(SIZE), "counts": counts}}))
+    assert "photos/a.json: annotation 100 cannot be read" in error_of("photos")
+
+
+@pytest.mark.parametrize("size", [[10**9, 10**9], [-300, -400], [2**63, 1], [1e400, 1], [300], 7])
+def test_sizes_of_coco_are_compared_with_the_photo(size):
+    photo("photos/a.jpg")
+    write("photos/a.json", coco_file({"segmentation": {"size": size, "counts": [0, 10**18]}}))
+    assert "photos/a.json: annotation 100 cannot be read" in error_of("photos")
+
+
+def test_a_mask_of_labelme_that_is_larger_than_its_photo_is_not_decoded():
+    photo("photos/a.jpg")
+    png = io.BytesIO()
+    Image.new("1", (SIZE[1] + 1, SIZE[0])).save(png, "png")
+    shape = {"points": [[1, 2], [3, 4]], "shape_type": "mask", "mask": base64.b64encode(png.getvalue()).decode()}
+    write("photos/a.json", labelme_file([shape]))
+    assert "its mask is 401 x 300, but its photo 400 x 300" in error_of("photos")
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [f"1 {2**63 - 1}", f"{2**63 - 1} {2**63 - 1}", f"{-(2**63)} 9", f"1 {2**64 + 5}", "9 -3", f"{PIXELS} 2", "0 5"],
+)
+def test_runs_of_tables_that_do_not_fit_the_photo_are_named(runs):
+    photo("photos/a.jpg")
+    write("photos/masks.csv", f"img,rle_mask\na.jpg,{runs}\n")
+    assert "photos/masks.csv: line 2 cannot be read" in error_of("photos")
+
+
 def test_videos_of_cvat_are_sent_back():
     write("a.xml", '<?xml version="1.0"?><annotations><track id="0" label="car"></track></annotations>')
     assert "CVAT for images" in error_of("a.xml")
