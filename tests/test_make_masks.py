@@ -705,6 +705,79 @@ def test_a_file_in_the_place_of_the_output_and_retouched_photos_are_not_lost():
     assert "images/a.jpg was not written by tools.make_masks, or changed" in error_of("photos", "--label", "car")
 
 
+def test_hidden_files_that_the_user_added_to_the_output_are_not_lost():
+    write_labelme()
+    photo("photos/a.jpg")
+    make("photos", "--label", "car")
+    Path("masks_of_car/.notes").write_text("mine")
+    assert "masks_of_car/.notes was not written by tools.make_masks" in error_of("photos", "--label", "car")
+    Path("masks_of_car/.notes").replace("notes")
+    Path("masks_of_car/images/more").symlink_to("nowhere")
+    assert "images/more was not written by tools.make_masks" in error_of("photos", "--label", "car")
+
+
+def test_an_output_that_is_a_link_stays_one():
+    write_labelme()
+    photo("photos/a.jpg")
+    Path("disk").mkdir()
+    Path("masks_of_car").symlink_to("disk/masks")
+    for _ in range(2):
+        make("photos", "--label", "car")
+        assert Path("masks_of_car").is_symlink() and [path.name for path in Path("disk").iterdir()] == ["masks"]
+        assert mask_of("a").any()
+
+
+def test_a_kill_anywhere_leaves_one_whole_output_and_nothing_hidden_after_the_next_start():
+    write_labelme()
+    photo("photos/a.jpg")
+    make("photos", "--label", "car")
+    Path(".make_masks-thesis").mkdir()
+    Path(".make_masks-thesis/notes").write_text("mine")
+    for number in range(1000):
+        if not (child := os.fork()):
+            left = iter(range(number))
+            for original in (os.link, os.mkdir, os.replace, os.rmdir, os.unlink):
+
+                def dying(*args, original=original, left=left, **kwargs):
+                    return original(*args, **kwargs) if next(left, None) is not None else os._exit(9)
+
+                setattr(os, original.__name__, dying)
+            make("photos", "--label", "car")
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found = [path for path in (Path("masks_of_car"), Path(".make_masks-masks_of_car/old")) if path.exists()]
+        make_masks.check_ours(found[0])
+        assert len(list(found[0].glob("masks/a_mask.png"))) == 1
+        make("photos", "--label", "car")
+        assert mask_of("a").any()
+        assert {path.name for path in Path().glob(".*")} == {".make_masks-thesis"}
+        if status != 9:
+            break
+    assert status == 0 and number > 10
+
+
+def test_an_output_that_was_set_aside_is_put_back_where_nothing_new_is_written():
+    write_labelme()
+    photo("photos/a.jpg")
+    make("photos", "--label", "car")
+    Path(".make_masks-masks_of_car").mkdir()
+    Path("masks_of_car").replace(".make_masks-masks_of_car/old")
+    Path("photos/a.jpg").write_bytes(b"broken")
+    with pytest.raises(errors.UserError):
+        make("photos", "--label", "car")
+    assert mask_of("a").any()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/", "_mask.jpg", "....jpg"])
+def test_embedded_photos_without_a_name_get_one(name):
+    photo("a.jpg")
+    data = base64.b64encode(Path("a.jpg").read_bytes()).decode()
+    write("labels/x.json", labelme_file([{"points": CAR}], name, imageData=data))
+    make("labels")
+    assert [path.name for path in Path("masks_of_car/images").iterdir()] == ["photo.jpeg"]
+    assert [path.name for path in Path("masks_of_car/masks").iterdir()] == ["photo_mask.png"]
+
+
 def test_sizes_that_are_floats_and_two_images_of_one_id():
     content = coco_file({"segmentation": [flat(CAR)]})
     content["images"][0]["height"] = float(SIZE[0])
