@@ -3,6 +3,7 @@
 import csv
 import gzip
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import PREPROCESSING, save_network
-from forked import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -699,13 +699,6 @@ def test_what_is_passed_over_is_counted_and_heic_is_named(photos, capsys):
 # Submissions that something disturbs
 
 
-class Predicting(Forked):
-    """What predict.py does with these flags, in a process of its own."""
-
-    def main(self) -> None:
-        errors.run(lambda: run(*self.flags))
-
-
 def test_a_second_run_that_writes_a_submission_is_refused(photos):
     with locked(lock_of(Path("s.csv")), "it"):  # as the first run does
         assert "--submission s.csv is in use by another run" in error_of("data/val_images", "--submission", "s.csv")
@@ -725,14 +718,19 @@ def test_the_first_run_locks_its_submission_until_it_is_written(photos, monkeypa
     assert "in use by another run" in held[0] and len(rows_of("s.csv")) == 8
 
 
-def test_a_full_disk_ends_a_submission_with_a_sentence_and_it_continues(photos):
-    for largest in (10, 400):  # a first row, or the file of all rows
-        full = Predicting("data/val_images", "--submission", "s.csv", largest_file=largest)
-        assert full.status() == 1
-        shown = full.output()
-        assert "error: s.csv could not be written" in shown and "make room" in shown and "Traceback" not in shown
+def test_a_full_disk_ends_a_submission_with_a_sentence_and_it_continues(photos, capsys):
+    run("data/val_images", "--submission", "whole.csv")
+    before, size = resource.getrlimit(resource.RLIMIT_FSIZE), Path("whole.csv").stat().st_size
+    for share in (0.01, 0.7, 0.7, 0.7):  # first there is no room for a row, and at last for the file of all rows alone
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), before[1]))
+        try:
+            message = error_of("data/val_images", "--submission", "s.csv")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "error: s.csv could not be written" in message and "make room" in message
+    assert not Path("s.csv").exists()
     run("data/val_images", "--submission", "s.csv")
-    assert len(rows_of("s.csv")) == 8
+    assert rows_of("s.csv") == rows_of("whole.csv")
 
 
 def test_the_row_of_a_photo_that_was_replaced_is_predicted_again(photos):

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import leave_photos, rows, same, weights
+from conftest import PREPROCESSING, leave_photos, rows, same, weights
 from forked import Training
 
 import train
 import utils
 from machinery import checkpoints, errors
 from machinery.errors import UserError
+from model import UNet, build_network
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", 2))  # 20 for a thorough look
 NEW_IN_FORMAT_2 = ("format", "computed", "optimizer_name")
@@ -282,7 +283,7 @@ def test_the_one_before_is_kept_and_takes_the_place_of_one_that_is_missing(proje
     run_train("--num-epochs", "2")
     assert utils.load_checkpoint(PREVIOUS)["epoch"] == 1
     CHECKPOINT.unlink()
-    utils.restore_previous(CHECKPOINT)
+    checkpoints.restore_previous(CHECKPOINT)
     assert utils.load_checkpoint(CHECKPOINT)["epoch"] == 1
     assert "my_checkpoint.pth.tar does not exist: my_checkpoint.prev.pth.tar" in capsys.readouterr().out
     assert not PREVIOUS.exists()
@@ -292,7 +293,7 @@ def test_the_one_before_is_kept_and_takes_the_place_of_one_that_is_missing(proje
 def two_checkpoints(tmp_path_factory) -> tuple[bytes, bytes, dict]:
     """The bytes of a checkpoint and of the one before it, and what the first holds."""
     path = tmp_path_factory.mktemp("checkpoint") / CHECKPOINT
-    model = train.UNet(3, 1, (4, 8))
+    model = UNet(3, 1, (4, 8))
     state = {
         "state_dict": model.state_dict(),
         "model": {"in_channels": 3, "out_channels": 1, "features": [4, 8]},
@@ -333,7 +334,7 @@ def test_the_one_before_takes_the_place_of_a_damaged_one(two_checkpoints, tmp_pa
     for damaged in damaged_files(whole)[::10]:
         CHECKPOINT.write_bytes(damaged)
         PREVIOUS.write_bytes(previous)
-        utils.restore_previous(CHECKPOINT)
+        checkpoints.restore_previous(CHECKPOINT)
         if utils.load_checkpoint(CHECKPOINT)["epoch"] == 1:
             assert "my_checkpoint.prev.pth.tar, the checkpoint before it, takes its place" in capsys.readouterr().out
             assert CHECKPOINT.read_bytes() == previous
@@ -382,7 +383,7 @@ FOREIGN = {
 def test_a_checkpoint_of_something_else_is_refused(two_checkpoints, tmp_path, monkeypatch, name, value):
     monkeypatch.chdir(tmp_path)
     utils.save_checkpoint({**two_checkpoints[2], name: value}, CHECKPOINT)
-    with pytest.raises(UserError, match="is not from this train.py"):
+    with pytest.raises(UserError, match="is not from this train"):
         utils.load_checkpoint(CHECKPOINT)
 
 
@@ -395,7 +396,7 @@ def test_a_small_file_never_asks_for_a_large_network(tmp_path, monkeypatch):
     state = {"model": config, "state_dict": repeated, "preprocessing": PREPROCESSING}
     utils.save_checkpoint(state, CHECKPOINT)
     assert CHECKPOINT.stat().st_size < 100_000
-    with pytest.raises(UserError, match="is not from this train.py"):
+    with pytest.raises(UserError, match="is not from this train"):
         utils.load_checkpoint(CHECKPOINT)
 
 
