@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
+import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -206,7 +207,7 @@ def memory_errors(advice: str) -> Iterator[None]:
     """Turn errors for lack of memory into a UserError that ends with `advice`, and those of lost workers likewise."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, cv2.error) as error:
         cause = f"{error} {error.__context__}"  # PyTorch raises its own error of a lost worker within another
         if "shared memory" in cause or "Bus error" in cause:  # a container has 64 MB of it
             raise UserError(

@@ -65,12 +65,9 @@ def process_group(minutes: float = TIMEOUT_MINUTES) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a RuntimeError of the CPU, CUDA, cuBLAS, cuDNN, NCCL or MPS says so."""
-    return bool(
-        re.search(
-            r"out of memory|not enough memory|can't allocate memory|ALLOC(ATION)?_FAILED|CUDA [cm]alloc", str(error)
-        )
-    )
+    """Return whether an error of OpenCV, or a RuntimeError of the CPU, CUDA, cuBLAS, cuDNN, NCCL or MPS says so."""
+    said = r"out of memory|(not enough|Insufficient|can't allocate) memory|ALLOC(ATION)?_FAILED|CUDA [cm]alloc"
+    return bool(re.search(said, str(error)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
