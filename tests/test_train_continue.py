@@ -300,7 +300,7 @@ def two_checkpoints(tmp_path_factory) -> tuple[bytes, bytes, dict]:
         "preprocessing": {"height": 32, "width": 48, "mean": train.MEAN, "std": train.STD},
     }
     for epoch in (1, 2):
-        utils.save_checkpoint(state | {"epoch": epoch}, path, checkpoints.sibling(path, ".prev"))
+        checkpoints.save(state | {"epoch": epoch}, path, checkpoints.sibling(path, ".prev"))
     return path.read_bytes(), checkpoints.sibling(path, ".prev").read_bytes(), state
 
 
