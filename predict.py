@@ -13,11 +13,13 @@ In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model,
 import argparse
 import glob
 import math
+import os
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -52,6 +54,8 @@ from machinery.files import (
     find_masks,
     free_name,
     is_image,
+    lock_of,
+    locked,
     other_suffix,
     passed_over,
     save_metrics,
@@ -436,10 +440,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args,
         (
             ("threshold", float, lambda v: 0 < v < 1, "a number between 0 and 1"),
-            ("size", list | None, lambda v: v is None or min(v) >= 16, "height and width, at least 16"),
+            (
+                "size",
+                list | None,
+                lambda v: v is None or 16 <= min(v) <= max(v) <= 65535,
+                "height and width, 16 to 65535",
+            ),
             ("label", str, bool, "the object's name"),
+            ("submission", Path | None, lambda v: v is None or len(os.fsencode(v.name)) <= 200, "a name of 200 bytes"),
             ("min_area", int, lambda v: v >= 0, "a whole number of pixels, at least 0"),
-            ("batch_size", int, lambda v: v >= 1, "a whole number, at least 1"),
+            ("batch_size", int, lambda v: 1 <= v <= 10**5, "a whole number, at least 1 and at most 100000"),
         ),
         lambda name: f"--{name.replace('_', '-')}",
     )
@@ -497,6 +507,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.mask_dir:
         add_masks(photos, args.mask_dir, args.mask_suffix)
         check_table(args.output_dir / "scores.csv", "photo,dice,(.+,)?boundary_f1")
+    is_written_over_time = args.submission and RANK == 0
+    if is_written_over_time:
+        check_writable(args.submission.parent, "--submission")
+    with locked(lock_of(args.submission), f"--submission {args.submission}") if is_written_over_time else nullcontext():
+        predict_photos(photos, model, args)
+
+
+def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespace) -> None:
+    """Share the photos among the processes, and write what is asked for. Raises UserError."""
     shard, submission = photos[RANK::WORLD_SIZE], None
     if args.submission:
         submission = open_submission(args, photos)

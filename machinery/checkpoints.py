@@ -1,11 +1,12 @@
 """What a run keeps: its state, the files that hold it, and what may continue with them."""
 
+import math
 import os
 import pickle
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -14,17 +15,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from machinery import processes
 from machinery.decoding import Rule, rule_from
 from machinery.encoders import encoder_normalisation
 from machinery.errors import UserError
-from machinery.files import is_locked, lock_of, remove_leftovers, saving
+from machinery.files import is_locked, lock_of, locked, remove_leftovers, saving
 from machinery.sample_data import use_sample_if_empty
 from machinery.samples import Samples
+from machinery.settings import LARGEST, is_number
 
 LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
 TAGS = ("", ".prev", "_best")  # in the names of a run's files: the newest state, the one before, the best weights
@@ -73,11 +73,14 @@ def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
     try:
         checkpoint = _upgraded(checkpoint)
         is_newer = checkpoint["format"] > FORMAT
-        wanted = _without_memory(build_network, checkpoint["model"]).state_dict()
-        fits = {"height", "width", "mean", "std"} <= checkpoint["preprocessing"].keys() and {
-            name: weight.shape for name, weight in checkpoint["state_dict"].items()
-        } == {name: weight.shape for name, weight in wanted.items()}
-    except (KeyError, TypeError, AttributeError, RuntimeError):
+        fits = _is_sound(checkpoint)
+        if fits:
+            network = _without_memory(build_network, checkpoint["model"])
+            shapes = {name: weight.shape for name, weight in network.state_dict().items()}
+            fits = shapes == {name: weight.shape for name, weight in checkpoint["state_dict"].items()}
+            # A tensor can repeat one stored number: 20 kB would ask for 100 GB. Weights may be saved in half precision
+            fits = fits and sum(weight.nbytes for weight in network.parameters()) <= 4 * path.stat().st_size
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError):
         fits = False
     if is_newer:
         raise UserError(f"{path} has format {checkpoint['format']}, newer than this train.py's: update the repository")
@@ -89,6 +92,37 @@ def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
     return checkpoint
 
 
+def _is_sound(checkpoint: dict) -> bool:
+    """Return whether what prediction and training compute with has the types and ranges that train.py writes.
+
+    Raises KeyError, TypeError or AttributeError for some others.
+    """
+    config, before, rule = checkpoint["model"], checkpoint["preprocessing"], rule_from(checkpoint["rule"])
+    features, tile, scale, photo_size = config.get("features"), config.get("tile"), before.get("scale"), "photo_size"
+    counts = [checkpoint.get(name, 0) for name in ("epoch", "images", "computed", "seconds")]
+    return all((
+        features is None or (len(features) <= 16 and _are_sizes(features, 1)),
+        tile is None or (len(tile) == 2 and _are_sizes(tile, 16)),
+        _are_sizes((before["height"], before["width"]), 1),
+        scale is None or (type(scale) is float and is_number(scale, 1e-6, 1)),
+        checkpoint[photo_size] is None or (len(checkpoint[photo_size]) == 2 and _are_sizes(checkpoint[photo_size], 1)),
+        len(before["mean"]) == 3 and all(is_number(value, -LARGEST, LARGEST) for value in before["mean"]),
+        len(before["std"]) == 3 and all(is_number(value, 1e-6, LARGEST) for value in before["std"]),
+        (rule.low is None) == (rule.high is None),
+        all(is_number(value, -1e38, 1e38) for value in (rule.low or 0, rule.high or 0, *(rule.chosen or ()))),
+        all(type(kind) is str and is_number(value, -1e38, 1e38) for kind, value in rule.brightest.items()),
+        all(is_number(count, 0, math.inf) for count in counts),
+        all(type(row) is dict for row in checkpoint.get("history", [])),
+        all(type(checkpoint.get(name, {})) is dict for name in ("settings", "data", "losses")),
+        all(weight.layout is torch.strided and weight.is_cpu for weight in checkpoint["state_dict"].values()),
+    ))  # fmt: skip
+
+
+def _are_sizes(values: Iterable, smallest: int) -> bool:
+    """Return whether all are whole numbers of pixels or channels."""
+    return all(type(value) is int and smallest <= value <= 65535 for value in values)
+
+
 def _without_memory(build_network: Callable[[dict], nn.Module], config: dict) -> nn.Module:
     """Return the network, on the meta device if it can be built there: some read their weights while they are built."""
     with torch.device("meta"), warnings.catch_warnings(), suppress(Exception):  # of many kinds
@@ -98,16 +132,18 @@ def _without_memory(build_network: Callable[[dict], nn.Module], config: dict) ->
 
 
 def _upgraded(checkpoint: dict) -> dict:
-    """A checkpoint of any format as one of today's."""
+    """Turn a checkpoint of any format into one of today's."""
     lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0), "optimizer_name": "Muon"}
     lacking |= {"rule": asdict(Rule(low=0.0, high=65535.0)), "photo_size": None}
     return lacking | checkpoint
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the zip file that torch.save has written: torch.load does not look at its checksums."""
+    """Return what is wrong with a file of torch.save, a zip file: torch.load does not look at its checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:  # torch.save compresses none
+                return "is damaged or no checkpoint"
             if archive.testzip():
                 return "is damaged"
         torch.load(path, "cpu", weights_only=True, mmap=True)  # looks at the rest of the zip file, and reads no weights
@@ -123,7 +159,7 @@ def _damage(path: Path) -> str | None:
 
 
 def sibling(path: Path, tag: str) -> Path:
-    """A file that belongs to a checkpoint: my_checkpoint.pth.tar, "_best" -> my_checkpoint_best.pth.tar"""
+    """Return a file that belongs to a checkpoint: my_checkpoint.pth.tar, "_best" -> my_checkpoint_best.pth.tar"""
     stem, dot, suffixes = path.name.partition(".")
     return path.with_name(f"{stem}{tag}{dot}{suffixes}")
 
@@ -149,7 +185,7 @@ def is_free(path: Path) -> bool:
 
 
 def restore_previous(path: Path) -> None:
-    """Where a checkpoint is damaged, or missing since a kill fell between two renames, puts the one before there."""
+    """Put the checkpoint before in the place of one that is damaged, or missing since a kill between two renames."""
     damage, previous = _damage(path), sibling(path, ".prev")
     if damage and not _damage(previous):
         print(f"{path} {damage}: {previous.name}, the checkpoint before it, takes its place.")
@@ -245,7 +281,7 @@ class CheckpointWriter:
         self.thread.shutdown()
 
     def save(self, state: object, is_best: bool = False) -> None:
-        """Queues what state.state_dict() returns, which is copied now, and the best weights if these are."""
+        """Queue what state.state_dict() returns, which is copied now, and the best weights if these are."""
         if processes.RANK > 0:
             return
         newest = self.header | state.state_dict()
@@ -261,13 +297,13 @@ class CheckpointWriter:
         return time.monotonic() - self.saved_at
 
     def wait(self) -> None:
-        """Waits until everything is written. Raises UserError where that failed."""
+        """Wait until everything is written. Raises UserError where that failed."""
         if self.pending:
             self.pending.result()
 
 
 def _copy(value: object, copies: dict[int, Tensor]) -> object:
-    """A copy whose tensors are in the host's memory; one that occurs twice is copied once."""
+    """Copy a value, with its tensors in the host's memory; one that occurs twice is copied once."""
     if isinstance(value, Tensor):
         if id(value) not in copies:
             copies[id(value)] = value.detach().to("cpu", copy=True)
@@ -306,12 +342,12 @@ class Beginning:
 
     @property
     def rule(self) -> Rule | None:
-        """The rule by which a continued run decodes its files."""
+        """Return the rule by which a continued run decodes its files."""
         return rule_from(self.continued and self.continued["rule"])
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the run began with the weights of START_FROM."""
+        """Return whether the run began with the weights of START_FROM."""
         return bool(self.started_from or (self.continued and self.continued["settings"].get("start_from")))
 
     @property
@@ -327,7 +363,7 @@ class Beginning:
         if len(set(map(str, processes.all_gather_object(data)))) > 1:
             raise UserError("the machines have different photos or masks: give all of them the same, or a shared disk")
         settings = vars(s)
-        if self.continued:  # it goes on as it began
+        if self.continued:  # it continues as it began
             settings = settings | {"start_from": self.continued["settings"].get("start_from")}
         return {
             "format": FORMAT,
@@ -381,7 +417,7 @@ def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], re
 
 
 def adapted(checkpoint: dict, header: dict) -> dict:
-    """The checkpoint without what is void with today's photos, masks and seed; prints what that is."""
+    """Reset what does not fit today's photos, masks and seed in a checkpoint, print what that is, and return it."""
     data, settings = ([side[name] for side in (header, checkpoint)] for name in ("data", "settings"))
     if data[0]["val"] != data[1]["val"]:
         print("The validation photos have changed: scores before and after do not compare, and a new best is sought.")
@@ -434,17 +470,7 @@ def reserved(s: SimpleNamespace) -> Iterator[None]:
     files.append((Path(s.saved_images_dir, ".lock"), "SAVED_IMAGES_DIR"))
     with ExitStack() as locks:
         for file, setting in files if processes.RANK == 0 else ():
-            try:
-                try:
-                    locks.enter_context(FileLock(file, timeout=0))
-                except Timeout:
-                    tqdm.write(f"Another run is writing there: waiting {LOCK_SECONDS} seconds for its end.")
-                    locks.enter_context(FileLock(file, timeout=LOCK_SECONDS))
-            except Timeout as error:
-                used = f"{setting} {getattr(s, setting.lower())}"
-                raise UserError(f"{used} is in use by another run: wait for its end, or choose another") from error
-            except (OSError, NotImplementedError):
-                tqdm.write(f"{file} cannot be locked on this disk: start no second run that writes there.")
+            locks.enter_context(locked(file, f"{setting} {getattr(s, setting.lower())}", LOCK_SECONDS))
         if processes.RANK == 0:
             for tag in TAGS:
                 remove_leftovers(path.parent, sibling(path, tag).name)

@@ -157,6 +157,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except Exception as error:
         reason = re.sub(rf" <_io.*>| {re.escape(repr(str(path)))}", "", str(error)).removesuffix(":")
         advice = "replace or remove it"
+        if isinstance(error, MemoryError) or re.search("out of memory|insufficient memory", reason, re.IGNORECASE):
+            raise UserError(f"out of memory while {path} was read: end other programs, or reduce the photo") from error
         if isinstance(error, UnidentifiedImageError):
             reason, advice = _unknown_kind(path)
         raise UserError(f"{path} is no readable image ({reason}): {advice}") from error

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
+import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Device:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def to(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """A loader's batch of uint8 on the device, float32: images (N, 3, H, W), normalised, and masks (N, 1, H, W).
+        """Send a uint8 batch to the device, as float32: images (N, 3, H, W), normalised, and masks (N, 1, H, W).
 
         Masks are 1 on the foreground, 0 on the background, and nan where they are void.
         """
@@ -51,7 +52,7 @@ class Device:
         return self.normalised(images), masks.float().masked_fill_(masks == VOID, math.nan)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """The network's input: images uint8 (N, H, W, 3) -> (RGB / 255 - mean) / std, float32 (N, 3, H, W).
+        """Return the network's input: images uint8 (N, H, W, 3) -> (RGB / 255 - mean) / std, float32 (N, 3, H, W).
 
         They travel as bytes, which takes a quarter of the bus and of the workers' shared memory.
         """
@@ -73,7 +74,7 @@ class Device:
 
 
 def choose_device(name: str, precision: str = "auto", **normalisation: tuple[float, ...]) -> Device:
-    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not there.
+    """Return the device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError without it.
 
     CUDA's devices have an index. Under torchrun "cuda" and "auto" give each process of a machine a GPU of its own; MPS
     is for one process. Where "auto" finds a GPU that cannot compute, it says why and takes the CPU. `normalisation` is
@@ -108,7 +109,7 @@ def choose_device(name: str, precision: str = "auto", **normalisation: tuple[flo
 
 
 def fastest_precision(device: torch.device) -> str:
-    """What the hardware computes fastest. A CPU without bf16 instructions would emulate them, slower than fp32."""
+    """Return what the hardware computes fastest; a CPU without bf16 instructions would emulate them, slowly."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -116,7 +117,9 @@ def fastest_precision(device: torch.device) -> str:
 
 
 def choose_num_workers(number: int, device: Device) -> int:
-    """-1 is none beside a CPU that computes (a cached sample takes 1 ms of its 500), else one a core, 8 at most.
+    """Return the number of workers: for -1 none beside a CPU that computes, else one a core, 8 at most.
+
+    A cached sample takes 1 ms, and 500 ms to be learned from on a CPU.
 
     The processes that torchrun starts on a machine divide its cores among them.
     """
@@ -127,7 +130,7 @@ def choose_num_workers(number: int, device: Device) -> int:
 
 
 def tune(device: Device) -> None:
-    """Makes the device current, and switches on what makes training on it faster, for the whole process."""
+    """Make the device current, and switch on what makes training on it faster, for the whole process."""
     if device.device.type == "cuda":
         torch.cuda.set_device(device.device)
         torch.backends.cudnn.conv.fp32_precision = "ieee" if device.precision == torch.float32 else "tf32"
@@ -141,12 +144,13 @@ def tune(device: Device) -> None:
         size, huge = 2**32, 2**21
         libc.malloc.restype = ctypes.c_void_p
         if block := libc.malloc(ctypes.c_size_t(size)):
-            libc.madvise(ctypes.c_void_p(-(-block // huge) * huge), ctypes.c_size_t(size - huge), 14)  # MADV_HUGEPAGE
+            first = math.ceil(block / huge) * huge
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size - huge), 14)  # MADV_HUGEPAGE
             libc.free(ctypes.c_void_p(block))
 
 
 def should_compile(setting: str, device: Device, steps: int) -> bool:
-    """Whether COMPILE means torch.compile in a run of so many steps; "auto": if one process takes 5,000 on CUDA.
+    """Return whether COMPILE means torch.compile in a run of so many steps; "auto": if one process takes 5,000 on CUDA.
 
     Compiling takes about a minute, in which a large GPU takes thousands of steps. The steps are those of the whole run,
     so that continuing computes alike.
@@ -176,7 +180,7 @@ def to_device(model: nn.Module, shape: tuple, device: Device, setting: str, step
 
 
 def compile_model(model: nn.Module, shape: tuple, device: Device) -> Callable:
-    """torch.compile's version of the model after a trial on zeros of that shape; where that fails the model itself."""
+    """Return torch.compile's version of the model after a trial on zeros of that shape, or the model where it fails."""
     compiled = torch.compile(model)
     try:
         rehearse(compiled, model, shape, device)
@@ -187,7 +191,7 @@ def compile_model(model: nn.Module, shape: tuple, device: Device) -> Callable:
 
 
 def rehearse(forward: Callable, model: nn.Module, shape: tuple, device: Device) -> None:
-    """Runs a forward and a backward pass on zeros of that shape, and leaves the model as it was."""
+    """Run a forward and a backward pass on zeros of that shape, and leave the model as it was."""
     before = copy.deepcopy(model.state_dict())  # BatchNorm's statistics will move
     try:
         with device.autocast():
@@ -200,10 +204,10 @@ def rehearse(forward: Callable, model: nn.Module, shape: tuple, device: Device) 
 
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turns errors for lack of memory into a UserError that ends with `advice`, and those of lost workers likewise."""
+    """Turn errors for lack of memory into a UserError that ends with `advice`, and those of lost workers likewise."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, cv2.error) as error:
         cause = f"{error} {error.__context__}"  # PyTorch raises its own error of a lost worker within another
         if "shared memory" in cause or "Bus error" in cause:  # a container has 64 MB of it
             raise UserError(

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from machinery.errors import UserError
 
@@ -176,6 +177,30 @@ def is_locked(file: Path) -> bool:
         return False
 
 
+@contextmanager
+def locked(file: Path, used: str, seconds: float = 0) -> Iterator[None]:
+    """Hold a lock, for which it waits so long, while the block runs. On a disk without locks only a line is printed.
+
+    Raises UserError, which says that what is `used` is in use, where another run holds it for longer.
+    """
+    lock = FileLock(file)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if seconds:
+                tqdm.write(f"Another run is writing there: waiting {seconds} seconds for its end.")
+            lock.acquire(timeout=seconds)
+    except Timeout as error:
+        raise UserError(f"{used} is in use by another run: wait for its end, or choose another") from error
+    except (OSError, NotImplementedError):
+        tqdm.write(f"{file} cannot be locked on this disk: start no second run that writes there.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def copy_file(file: Path, target: Path) -> None:
     """Copy a file, so that the copy appears when it is complete."""
     with written_whole(target) as temporary:
@@ -193,9 +218,15 @@ def link_or_copy(file: Path, target: Path) -> None:
 @contextmanager
 def saving(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Do as written_whole, and raise UserError where `path` cannot be written."""
+    with write_errors(path), written_whole(path, previous) as temporary:
+        yield temporary
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise UserError where the block cannot write `path`."""
     try:
-        with written_whole(path, previous) as temporary:
-            yield temporary
+        yield
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         is_too_long = getattr(error, "errno", None) == errno.ENAMETOOLONG
         advice = "shorten the photo's name" if is_too_long else "make room, close what holds it, continue"

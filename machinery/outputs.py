@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,7 +21,7 @@ from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 
 from machinery.decoding import read_image, read_opacity, resize
 from machinery.errors import UserError
-from machinery.files import check_writable, saving
+from machinery.files import check_writable, saving, write_errors
 from machinery.shapes import outlines
 
 TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
@@ -189,22 +189,21 @@ def check_table(path: Path, columns: str) -> None:
 class Submission:
     """Kaggle's file, a row for each photo. Rows gather beside it until all are there, so that a stopped run continues.
 
-    Every process of every run adds to a file of its own, <path>.<key>-<random>.part. The key stands for what decides
-    the masks: rows of another network or threshold are not taken over.
+    Every process of a run adds to a file of its own, <path>.<key>-<random>.part. The key stands for what decides the
+    masks, and each row has its photo's size and time: rows of another network, threshold or photo are not taken over.
     https://www.kaggle.com/c/carvana-image-masking-challenge/overview/evaluation
     """
 
     def __init__(self, path: Path, photos: list[Path], key: str) -> None:
-        self.path, self.names = path, {photo.name for photo in photos}
-        if len(self.names) < len(photos):
+        self.path, self.stamps = path, {photo.name: stamp_of(photo) for photo in photos}
+        if len(self.stamps) < len(photos):
             raise UserError(f"{path} names photos by file name: give each name once")
         check_writable(path.parent, "--submission")
         check_table(path, "img,rle_mask")
-        self.prefix = f"{path.name}.{key}-2-"  # 2 is the format of the rows
+        self.prefix = f"{path.name}.{key}-3-"  # 3 is the format of the rows
         self.done = {name for name, _ in self.rows()}
-        self.part = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            "w", encoding="utf-8", dir=path.parent, prefix=self.prefix, suffix=".part", delete=False
-        )
+        with write_errors(path):
+            self.part = path.with_name(f"{self.prefix}{secrets.token_hex(4)}.part").open("x", encoding="utf-8")
 
     def parts(self) -> list[Path]:
         """Return the files in which rows gather."""
@@ -216,12 +215,16 @@ class Submission:
             with part.open(encoding="utf-8") as file:
                 for line in file:
                     with suppress(ValueError):
-                        name, runs = json.loads(line)
-                        yield name, runs
+                        name, stamp, runs = json.loads(line)
+                        if self.stamps.get(name) == stamp:
+                            yield name, runs
 
     def add(self, photo: Path, runs: str) -> None:
-        """Add a photo's row, with its mask as run lengths."""
-        self.part.write(json.dumps((photo.name, runs)) + "\n")  # a name may hold commas, line ends, or be no text
+        """Add a photo's row, with its mask as run lengths. Raises UserError where it cannot be written."""
+        row = photo.name, self.stamps[photo.name], runs
+        with write_errors(self.path):
+            self.part.write(json.dumps(row) + "\n")  # a name may hold commas, line ends, or be no text
+            self.part.flush()  # now: what is left for the end cannot be written then
 
     def write(self, is_complete: bool) -> None:
         """Write the file of all rows that are there; until it is complete, the same command adds what is missing."""
@@ -230,7 +233,7 @@ class Submission:
         with saving(self.path) as temporary, opener(temporary, "wt", **text) as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(("img", "rle_mask"))
-            missing = set(self.names)
+            missing = set(self.stamps)
             for name, runs in self.rows():
                 if name in missing:  # once, should two runs have added it
                     missing.remove(name)
@@ -238,6 +241,14 @@ class Submission:
         if is_complete:
             for part in self.parts():
                 part.unlink()
+
+
+def stamp_of(photo: Path) -> list[int] | None:
+    """Return a photo's size and time; None for one that is gone, of which reading it will say more."""
+    with suppress(OSError):
+        status = photo.stat()
+        return [status.st_size, status.st_mtime_ns]
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

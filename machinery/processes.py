@@ -1,8 +1,9 @@
-"""Processes: what those of one run exchange under torchrun, how signals stop them, and how they end.
+"""Processes: what those of one run exchange under torchrun, and how signals stop them.
 
 A run in one process calls the same functions, which then do nothing.
 """
 
+import math
 import os
 import re
 import signal
@@ -36,7 +37,7 @@ ABOUT_OTHERS = re.compile("gloo|nccl|pair closure", re.IGNORECASE)
 
 @contextmanager
 def process_group(minutes: float = TIMEOUT_MINUTES) -> Iterator[None]:
-    """Connects the processes: NCCL for CUDA's tensors, gloo for the CPU's. All but the first print nothing.
+    """Connect the processes: NCCL for CUDA's tensors, gloo for the CPU's. All but the first print nothing.
 
     Raises Lost where another process has ended, or has not been heard of for so many minutes.
     """
@@ -64,12 +65,9 @@ def process_group(minutes: float = TIMEOUT_MINUTES) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a RuntimeError of the CPU, CUDA, cuBLAS, cuDNN, NCCL or MPS says so."""
-    return bool(
-        re.search(
-            r"out of memory|not enough memory|can't allocate memory|ALLOC(ATION)?_FAILED|CUDA [cm]alloc", str(error)
-        )
-    )
+    """Return whether an error of OpenCV, or a RuntimeError of the CPU, CUDA, cuBLAS, cuDNN, NCCL or MPS says so."""
+    said = r"out of memory|(not enough|Insufficient|can't allocate) memory|ALLOC(ATION)?_FAILED|CUDA [cm]alloc"
+    return bool(re.search(said, str(error)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,17 +75,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def shard(count: int, rank: int = RANK) -> slice:
-    """A process's images of a batch of `count`; shards differ by one image at most."""
+    """Return a process's images of a batch of `count`; shards differ by one image at most."""
     size, larger = divmod(count, WORLD_SIZE)
     start = rank * size + min(rank, larger)
     return slice(start, start + size + (rank < larger))
 
 
 def all_gather(mine: Tensor, count: int) -> Tensor:
-    """A batch of `count` images, the same in all processes, from their shards (n, ...)."""
+    """Return a batch of `count` images, the same in all processes, from their shards (n, ...)."""
     if WORLD_SIZE == 1:
         return mine
-    padded = mine.new_zeros(-(-count // WORLD_SIZE), *mine.shape[1:])
+    padded = mine.new_zeros(math.ceil(count / WORLD_SIZE), *mine.shape[1:])
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in range(WORLD_SIZE)]
     dist.all_gather(parts, padded)
@@ -96,14 +94,14 @@ def all_gather(mine: Tensor, count: int) -> Tensor:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Adds up all processes' tensors in place."""
+    """Add up all processes' tensors in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(value: int) -> int:
-    """The largest of all processes' values."""
+    """Return the largest of all processes' values."""
     if WORLD_SIZE == 1:
         return value
     largest = torch.tensor(value)
@@ -112,7 +110,7 @@ def all_reduce_max(value: int) -> int:
 
 
 def broadcast_object(make: Callable, *args: object) -> object:
-    """What make(*args) returns in the first process, where alone it is called; tensors in it are the CPU's."""
+    """Return what make(*args) gives in the first process, where alone it is called; its tensors are the CPU's."""
     objects = [make(*args) if RANK == 0 else None]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(objects)
@@ -120,7 +118,7 @@ def broadcast_object(make: Callable, *args: object) -> object:
 
 
 def all_gather_object(mine: object) -> list:
-    """What each process has, in a list."""
+    """Return what each process has, in a list."""
     objects = [mine] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(objects, mine)
@@ -138,7 +136,7 @@ def run_id() -> str:
 
 
 def no_sync(model: nn.Module, is_last: bool) -> AbstractContextManager:
-    """A context in which backward exchanges gradients only for the last part of a batch."""
+    """Return a context in which backward exchanges gradients only for the last part of a batch."""
     return nullcontext() if is_last or WORLD_SIZE == 1 else model.no_sync()
 
 
@@ -152,7 +150,7 @@ _pending: list[int] = []  # signals that have arrived and wait for stop_if_asked
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Lets Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) wait for stop_if_asked; a second Ctrl-C ends at once."""
+    """Let Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) wait for stop_if_asked; a second Ctrl-C ends at once."""
 
     def note(signum: int, _: object) -> None:
         if _pending and signum == signal.SIGINT:
@@ -171,14 +169,14 @@ def signals_wait() -> Iterator[None]:
 
 
 def stop_if_asked() -> None:
-    """Raises Stopped if a signal is waiting in any process. Called between two batches, where the state is whole."""
+    """Raise Stopped if a signal is waiting in any process. Called between two batches, where the state is whole."""
     if signum := all_reduce_max(_pending[0] if _pending else 0):
         raise Stopped(signum)
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Blocks the signals that stop a run while workers start, so that each gets its handlers before the first signal.
+    """Block the signals that stop a run while workers start, so that each gets its handlers before the first signal.
 
     Workers inherit the block, whichever way they start, and end it in ignore_signals.
     """

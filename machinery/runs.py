@@ -110,6 +110,7 @@ class Run:
 
     def end_epoch(self, metrics: dict[str, float], photo_dice: list[float]) -> None:
         """Add an epoch's row to the history, from the means and each photo's Dice of check_accuracy; print and save."""
+        self.raise_if_not_finite()  # again: validation follows new statistics of BatchNorm
         state, epoch = self.state, self.state.epoch
         row = {
             "epoch": len(state.history) + 1,
@@ -146,11 +147,11 @@ class Run:
         self.writer.save(self.state)
 
     def raise_if_not_finite(self) -> None:
-        """Raise UserError with the names of the epoch's first batch that made the loss or a weight infinite or nan."""
+        """Raise UserError where a loss, weight or statistic is infinite or nan, with the first such batch's names."""
         state = self.state
         starts, losses = list(state.epoch.losses), torch.stack(list(state.epoch.losses.values()))
         bad = (~losses.isfinite()).nonzero()
-        if len(bad) or not all(weight.isfinite().all() for weight in state.model.parameters()):
+        if len(bad) or not all(value.isfinite().all() for value in state.model.state_dict().values()):
             first = bad[0].item() if len(bad) else len(starts) - 1
             batch = self.loader.batch_sampler.batches(len(state.history), starts[first])[0]
             names = dict.fromkeys(self.loader.dataset.image_of(index).name for index in batch)

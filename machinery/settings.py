@@ -2,7 +2,7 @@
 
 import argparse
 import ast
-import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -125,6 +125,14 @@ def read_settings(
         constants.update(before)
 
 
+LARGEST = 1e6  # of rates and weights: float32, in which they are multiplied, ends at 3e38
+
+
+def is_number(value: object, low: float, high: float) -> bool:
+    """Return whether it is a number from `low` to `high`."""
+    return type(value) in (int, float) and low <= value <= high  # nan is not
+
+
 Range = tuple[str, type | tuple[type, ...], Callable[[object], bool], str]  # name, type, is it valid, what is wanted
 
 
@@ -146,37 +154,42 @@ def check_settings(s: SimpleNamespace, size_multiple: Callable[[tuple], int], pr
     number, parts = (int, float), processes * (s.accumulation if type(s.accumulation) is int else 1)
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) and not s.encoder else 1
     smallest, smallest_crop = max(64 if s.encoder else 16, multiple), max(64, 4 * multiple)
-    side = lambda v: v >= smallest  # noqa: E731
+    side = lambda v: smallest <= v <= 65535  # noqa: E731
+    weight = (number, lambda v: is_number(v, 0, LARGEST), f"a number from 0 to {LARGEST:g}")
     parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
+    parts_of_batch += ", at most 100000"
     check_ranges(s, (
-        ("features", tuple, lambda v: v and all(type(f) is int and f > 0 for f in v), "channels of each stage"),
-        ("image_height", int, side, f"a whole number, at least {smallest}"),
-        ("image_width", int, side, f"a whole number, at least {smallest}"),
+        ("features", tuple, lambda v: v and all(type(f) is int and 0 < f <= 10_000 for f in v),
+         "channels of each stage, 10000 at most"),
+        ("image_height", int, side, f"a whole number from {smallest} to 65535"),
+        ("image_width", int, side, f"a whole number from {smallest} to 65535"),
         ("crop", tuple | None,
-         lambda v: v is None or (len(v) == 2 and all(type(c) is int and c >= smallest_crop for c in v)),
-         f"height and width, at least {smallest_crop}, such as (256, 256), or to None"),
+         lambda v: v is None or (len(v) == 2 and all(type(c) is int and smallest_crop <= c <= 65535 for c in v)),
+         f"height and width, from {smallest_crop} to 65535, such as (256, 256), or to None"),
         ("scale", number, lambda v: 0 < v <= 1, "a share of the photos' own size, above 0 and at most 1"),
         ("encoder", str | None, lambda v: v != "", 'the name of a network of timm, such as "resnet34", or to None'),
         ("encoder_weights", str | None, lambda v: v != "", "a file with the weights of ENCODER, or to None"),
-        ("foreground_values", tuple | None, lambda v: v is None or (v and all(v)),
+        ("foreground_values", tuple | None,
+         lambda v: v is None or (v and all(type(f) in number and 0 < abs(f) < 2**32 for f in v)),
          "labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to None"),
         ("mask_suffix", str, lambda v: not v.lower().endswith(SUFFIXES),
          "what follows a photo's name in its mask's, without .png, such as _mask"),
-        ("num_epochs", int, lambda v: v >= 1, "a whole number, at least 1"),
+        ("num_epochs", int, lambda v: 1 <= v <= 10**9, "a whole number, at least 1 and at most 10**9"),
         ("accumulation", int, lambda v: v >= 1, "a whole number, at least 1"),
-        ("batch_size", int, lambda v: v >= 1 and v % parts == 0, f"a whole number, {parts_of_batch}"),
-        ("learning_rate", number, lambda v: 0 < v < math.inf, "a number above 0, such as 0.05"),
-        ("weight_decay", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
-        ("mean", tuple, lambda v: len(v) == 3 and all(math.isfinite(c) for c in v), "three numbers"),
-        ("std", tuple, lambda v: len(v) == 3 and all(0 < c < math.inf for c in v), "three numbers above 0"),
-        ("dice_weight", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
-        ("clip_norm", number, lambda v: 0 <= v < math.inf, "a number, at least 0"),
-        ("seed", int, lambda v: v >= 0, "a whole number, at least 0"),
-        ("num_workers", int, lambda v: v >= -1, "a whole number, at least 0, or to -1"),
+        ("batch_size", int, lambda v: 1 <= v <= 10**5 and v % parts == 0, f"a whole number, {parts_of_batch}"),
+        ("learning_rate", number, lambda v: 0 < v <= LARGEST, f"a number above 0, such as 0.05, at most {LARGEST:g}"),
+        ("weight_decay", *weight),
+        ("mean", tuple, lambda v: len(v) == 3 and all(is_number(c, -LARGEST, LARGEST) for c in v), "three numbers"),
+        ("std", tuple, lambda v: len(v) == 3 and all(is_number(c, 1e-6, LARGEST) for c in v), "three numbers above 0"),
+        ("dice_weight", *weight),
+        ("clip_norm", *weight),
+        ("seed", int, lambda v: 0 <= v < 2**63, "a whole number, at least 0 and below 2**63"),
+        ("num_workers", int, lambda v: -1 <= v <= 256, "a whole number, from 0 to 256, or to -1"),
         ("device", str, bool, '"auto", "cuda", "mps" or "cpu"'),
         ("precision", str, lambda v: v in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
         ("compile", str, lambda v: v in ("auto", "yes", "no"), '"auto", "yes" or "no"'),
-        ("checkpoint", str, lambda v: v and not Path(v).is_dir(), "a file's name"),
+        ("checkpoint", str, lambda v: v and len(os.fsencode(Path(v).name)) <= 200 and not Path(v).is_dir(),
+         "a file's name, of 200 bytes at most"),  # which names of others begin with; disks allow 255
         ("checkpoint_minutes", number, lambda v: v >= 0, "a number, at least 0"),
         ("saved_images_dir", str, bool, "a folder's name"),
     ))  # fmt: skip

@@ -37,7 +37,9 @@ def ellipse_ring(x: float, y: float, radius_x: float, radius_y: float) -> np.nda
 
 
 def turned(ring: np.ndarray, degrees: float) -> np.ndarray:
-    """Turn a ring clockwise around its centre."""
+    """Turn a ring clockwise around its centre. Raises ValueError for what is no angle."""
+    if not abs(degrees) < FAR:
+        raise ValueError("its rotation is no angle")
     angle, centre = np.radians(degrees), ring.mean(0)
     return (ring - centre) @ [(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))] + centre
 
@@ -156,12 +158,12 @@ def rle_decode(runs: str, size: tuple[int, int], order: str = "C") -> np.ndarray
 def counts_mask(counts: list[int], size: tuple[int, int], order: str = "C") -> np.ndarray:
     """Return the mask, bool (H, W), of run lengths that are background and object by turns.
 
-    Raises ValueError where they do not fill `size`, (height, width).
+    Raises ValueError where they do not fill `size`, (height, width), which is not checked itself.
     """
-    counts, pixels = np.array(counts, np.int64), size[0] * size[1]
-    if counts.sum() != pixels or (counts < 0).any() or pixels > 1e9:
+    pixels = size[0] * size[1]
+    if not all(0 <= count <= pixels for count in counts) or sum(counts) != pixels:  # as int64, a sum may wrap around
         raise ValueError(f"its run lengths do not fill {size[1]} x {size[0]} pixels")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size, order=order)
+    return np.repeat(np.arange(len(counts)) % 2 == 1, np.array(counts, np.int64)).reshape(size, order=order)
 
 
 def coco_mask(counts: list[int] | str, own_size: list[int], size: tuple[int, int]) -> np.ndarray:
@@ -174,12 +176,14 @@ def coco_mask(counts: list[int] | str, own_size: list[int], size: tuple[int, int
 def coco_counts(text: str) -> list[int]:
     """Decode run lengths from COCO's text: 5 bits a character, the lowest first, and bit 5 where another one follows.
 
-    From the fourth number on they are differences to the last but one.
+    From the fourth number on they are differences to the last but one. Raises ValueError for another text.
     https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c, rleFrString
     """
     counts, number, shift = [], 0, 0
     for character in text:
         bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError("its run lengths are no text of COCO's")
         number |= (bits & 31) << shift
         shift += 5
         if not bits & 32:

@@ -548,6 +548,81 @@ def test_a_mask_that_would_fill_the_memory_is_refused():
     assert "photos/a.xml: image a.jpg, shape 1 (car)" in error_of("photos")
 
 
+def cvat_mask(runs: str, left: object = 0, top: object = 0, width: object = 8, height: object = 9) -> str:
+    return f'<mask label="car" rle="{runs}" left="{left}" top="{top}" width="{width}" height="{height}"></mask>'
+
+
+WRAPPING = f"{2**62}, {2**62}, {2**62}, {2**62}, 72"  # their sum is 72 in 64 bits: memory was overwritten
+TURNED = '<box label="car" xtl="1" ytl="1" xbr="9" ybr="9" rotation="{}"></box>'
+PIXELS = SIZE[0] * SIZE[1]
+OVERFLOWS = {
+    "runs whose sum wraps around": cvat_mask(WRAPPING),
+    "a run beyond 64 bits": cvat_mask(f"{2**64}, 72"),
+    "a negative run": cvat_mask("80, -8"),
+    "a mask that is larger than the photo": cvat_mask(PIXELS * 9, width=SIZE[1] * 9, height=SIZE[0]),
+    "a negative size": cvat_mask("72", width=-8, height=-9),
+    "a place far away": cvat_mask("0, 72", left=1e300),
+    "a place that is no number": cvat_mask("0, 72", top="nan"),
+    "a size that is infinite": cvat_mask("0, 72", width="inf"),
+    "no angle": TURNED.format("nan"),
+    "an angle without end": TURNED.format("inf"),
+}
+
+
+@pytest.mark.parametrize("odd", OVERFLOWS)
+def test_numbers_of_cvat_are_checked_before_they_size_memory(odd):
+    photo("photos/a.jpg")
+    write("photos/a.xml", cvat_file(OVERFLOWS[odd]))
+    assert "photos/a.xml: image a.jpg, shape 1 (car) cannot be read" in error_of("photos")
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [2**62, 2**62, 2**62, 2**62, PIXELS],  # 2 ** 64 + PIXELS
+        [2**64, PIXELS],
+        [-PIXELS, PIXELS, PIXELS],
+        [float("nan")],
+        [[PIXELS]],
+        [PIXELS - 0.5, 0.5],
+        "?" * 300_000,  # digits of one number without end, which took a minute
+        "o" * 300_000,
+        "\u20ac",
+    ],
+    ids=lambda counts: ascii(counts)[:20],
+)
+def test_run_lengths_of_coco_are_checked_before_they_size_memory(counts):
+    photo("photos/a.jpg")
+    write("photos/a.json", coco_file({"segmentation": {"size": list(SIZE), "counts": counts}}))
+    assert "photos/a.json: annotation 100 cannot be read" in error_of("photos")
+
+
+@pytest.mark.parametrize("size", [[10**9, 10**9], [-300, -400], [2**63, 1], [1e400, 1], [300], 7])
+def test_sizes_of_coco_are_compared_with_the_photo(size):
+    photo("photos/a.jpg")
+    write("photos/a.json", coco_file({"segmentation": {"size": size, "counts": [0, 10**18]}}))
+    assert "photos/a.json: annotation 100 cannot be read" in error_of("photos")
+
+
+def test_a_mask_of_labelme_that_is_larger_than_its_photo_is_not_decoded():
+    photo("photos/a.jpg")
+    png = io.BytesIO()
+    Image.new("1", (SIZE[1] + 1, SIZE[0])).save(png, "png")
+    shape = {"points": [[1, 2], [3, 4]], "shape_type": "mask", "mask": base64.b64encode(png.getvalue()).decode()}
+    write("photos/a.json", labelme_file([shape]))
+    assert "its mask is 401 x 300, but its photo 400 x 300" in error_of("photos")
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [f"1 {2**63 - 1}", f"{2**63 - 1} {2**63 - 1}", f"{-(2**63)} 9", f"1 {2**64 + 5}", "9 -3", f"{PIXELS} 2", "0 5"],
+)
+def test_runs_of_tables_that_do_not_fit_the_photo_are_named(runs):
+    photo("photos/a.jpg")
+    write("photos/masks.csv", f"img,rle_mask\na.jpg,{runs}\n")
+    assert "photos/masks.csv: line 2 cannot be read" in error_of("photos")
+
+
 def test_videos_of_cvat_are_sent_back():
     write("a.xml", '<?xml version="1.0"?><annotations><track id="0" label="car"></track></annotations>')
     assert "CVAT for images" in error_of("a.xml")
@@ -628,6 +703,81 @@ def test_a_file_in_the_place_of_the_output_and_retouched_photos_are_not_lost():
     photo("retouched.jpg")
     Path("retouched.jpg").replace("masks_of_car/images/a.jpg")
     assert "images/a.jpg was not written by tools.make_masks, or changed" in error_of("photos", "--label", "car")
+
+
+def test_hidden_files_that_the_user_added_to_the_output_are_not_lost():
+    write_labelme()
+    photo("photos/a.jpg")
+    make("photos", "--label", "car")
+    Path("masks_of_car/.notes").write_text("mine")
+    assert "masks_of_car/.notes was not written by tools.make_masks" in error_of("photos", "--label", "car")
+    Path("masks_of_car/.notes").replace("notes")
+    Path("masks_of_car/images/more").symlink_to("nowhere")
+    assert "images/more was not written by tools.make_masks" in error_of("photos", "--label", "car")
+
+
+def test_an_output_that_is_a_link_stays_one():
+    write_labelme()
+    photo("photos/a.jpg")
+    Path("disk").mkdir()
+    Path("masks_of_car").symlink_to("disk/masks")
+    for _ in range(2):
+        make("photos", "--label", "car")
+        assert Path("masks_of_car").is_symlink() and [path.name for path in Path("disk").iterdir()] == ["masks"]
+        assert mask_of("a").any()
+
+
+def test_a_kill_anywhere_leaves_one_whole_output_and_nothing_hidden_after_the_next_start():
+    write_labelme()
+    photo("photos/a.jpg")
+    make("photos", "--label", "car")
+    Path(".make_masks-thesis").mkdir()
+    Path(".make_masks-thesis/notes").write_text("mine")
+    for number in range(1000):
+        if not (child := os.fork()):
+            left = iter(range(number))
+            for original in (os.link, os.mkdir, os.replace, os.rmdir, os.unlink):
+
+                def dying(*args, original=original, left=left, **kwargs):
+                    return original(*args, **kwargs) if next(left, None) is not None else os._exit(9)
+
+                setattr(os, original.__name__, dying)
+            try:
+                make("photos", "--label", "car")
+            finally:  # this process never returns to pytest
+                os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found = [path for path in (Path("masks_of_car"), Path(".make_masks-masks_of_car/old")) if path.exists()]
+        make_masks.check_ours(found[0])
+        assert len(list(found[0].glob("masks/a_mask.png"))) == 1
+        make("photos", "--label", "car")
+        assert mask_of("a").any()
+        assert {path.name for path in Path().glob(".*")} == {".make_masks-thesis"}
+        if status != 9:
+            break
+    assert status == 0 and number > 10
+
+
+def test_an_output_that_was_set_aside_is_put_back_where_nothing_new_is_written():
+    write_labelme()
+    photo("photos/a.jpg")
+    make("photos", "--label", "car")
+    Path(".make_masks-masks_of_car").mkdir()
+    Path("masks_of_car").replace(".make_masks-masks_of_car/old")
+    Path("photos/a.jpg").write_bytes(b"broken")
+    with pytest.raises(errors.UserError):
+        make("photos", "--label", "car")
+    assert mask_of("a").any()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/", "_mask.jpg", "....jpg"])
+def test_embedded_photos_without_a_name_get_one(name):
+    photo("a.jpg")
+    data = base64.b64encode(Path("a.jpg").read_bytes()).decode()
+    write("labels/x.json", labelme_file([{"points": CAR}], name, imageData=data))
+    make("labels")
+    assert [path.name for path in Path("masks_of_car/images").iterdir()] == ["photo.jpeg"]
+    assert [path.name for path in Path("masks_of_car/masks").iterdir()] == ["photo_mask.png"]
 
 
 def test_sizes_that_are_floats_and_two_images_of_one_id():

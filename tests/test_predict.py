@@ -3,6 +3,7 @@
 import csv
 import gzip
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import utils
 from machinery import decoding, errors, outputs, shapes
 from machinery.decoding import read_mask
 from machinery.device import Device
+from machinery.files import lock_of, locked
 from model import UNet
 
 
@@ -691,3 +693,64 @@ def test_what_is_passed_over_is_counted_and_heic_is_named(photos, capsys):
     printed = capsys.readouterr()
     assert "passed over in data/val_images, no photos by their endings: 2, such as notes.txt" in printed.out
     assert "x.heic is no readable image" in printed.err and "pip install pillow-heif" in printed.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Submissions that something disturbs
+
+
+def test_a_second_run_that_writes_a_submission_is_refused(photos):
+    with locked(lock_of(Path("s.csv")), "it"):  # as the first run does
+        assert "--submission s.csv is in use by another run" in error_of("data/val_images", "--submission", "s.csv")
+    run("data/val_images", "--submission", "s.csv")
+    assert len(rows_of("s.csv")) == 8
+
+
+def test_the_first_run_locks_its_submission_until_it_is_written(photos, monkeypatch):
+    write, held = outputs.Submission.write, []
+
+    def write_and_look(submission: outputs.Submission, is_complete: bool) -> None:
+        held.append(error_of("data/val_images", "--submission", "s.csv"))
+        write(submission, is_complete)
+
+    monkeypatch.setattr(outputs.Submission, "write", write_and_look)
+    run("data/val_images", "--submission", "s.csv")
+    assert "in use by another run" in held[0] and len(rows_of("s.csv")) == 8
+
+
+def test_a_full_disk_ends_a_submission_with_a_sentence_and_it_continues(photos, capsys):
+    run("data/val_images", "--submission", "whole.csv")
+    before, size = resource.getrlimit(resource.RLIMIT_FSIZE), Path("whole.csv").stat().st_size
+    for share in (0.01, 0.7, 0.7, 0.7):  # first there is no room for a row, and at last for the file of all rows alone
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), before[1]))
+        try:
+            message = error_of("data/val_images", "--submission", "s.csv")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "error: s.csv could not be written" in message and "make room" in message
+    assert not Path("s.csv").exists()
+    run("data/val_images", "--submission", "s.csv")
+    assert rows_of("s.csv") == rows_of("whole.csv")
+
+
+def test_the_row_of_a_photo_that_was_replaced_is_predicted_again(photos):
+    photos[3].write_bytes(b"")
+    error_of("data/val_images", "--submission", "s.csv")
+    photos[3].unlink()
+    shutil.copy(photos[1], photos[0])
+    run("data/val_images", "--submission", "s.csv")
+    assert rows_of("s.csv")[photos[0].name] == rows_of("s.csv")[photos[1].name]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), cv2.error("error: (-4:Insufficient memory) Failed to allocate")])
+def test_lack_of_memory_is_not_the_photos_fault(photos, monkeypatch, capsys, error):
+    def no_memory(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "_on_white", no_memory)
+        error_of(photos[0])
+        message = capsys.readouterr().err
+        assert f"out of memory while {photos[0]} was read" in message and "replace" not in message
+    monkeypatch.setattr(predict, "enlarge", no_memory)
+    assert "error: out of memory at --batch-size" in error_of(photos[0])

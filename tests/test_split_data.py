@@ -1,3 +1,4 @@
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -132,6 +133,107 @@ def test_a_run_that_was_stopped_is_run_again(download, drawn, monkeypatch):
         split("mine")
         assert files("data") == wanted
         shutil.rmtree("data")
+
+
+def killed_at(number: int, *flags: str) -> bool:
+    """Split in a process that is killed at its file operation of this number; return whether it has got so far."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = iter(range(number))
+    for original in (os.link, os.replace, os.rmdir, os.unlink):
+
+        def dying(*args, original=original, **kwargs):
+            return original(*args, **kwargs) if next(left, None) is not None else os._exit(9)
+
+        setattr(os, original.__name__, dying)
+    try:
+        split(*flags)
+    finally:  # this process never returns to pytest
+        os._exit(0)
+
+
+def empty_the_folders() -> None:
+    for path in Path("data").glob("*_*/*"):
+        path.unlink()
+
+
+AGAIN = {
+    "the same command": (lambda: None, ["mine", "--move"]),
+    "without --move": (lambda: None, ["mine"]),
+    "the folders emptied": (empty_the_folders, ["mine", "--move"]),
+    "the folders emptied, without --move": (empty_the_folders, ["mine"]),
+    "one photo taken out": (lambda: next(iter(Path("data").glob("*_images/*")), Path("none")).unlink(True), ["mine"]),
+}
+
+
+@pytest.mark.parametrize("again", AGAIN)
+def test_no_original_is_lost_by_a_kill_anywhere_and_another_start(again, drawn, tmp_path, monkeypatch):
+    """A file is in its folder or at its place, whatever was between; what the user has emptied is the user's loss."""
+    between, flags = AGAIN[again]
+    photos = sorted((drawn / "train_images").iterdir())
+    pairs = [(photo, drawn / "train_masks" / f"{photo.stem}_mask.gif") for photo in (photos[0], photos[16])]
+    for number in range(1000):
+        folder = tmp_path / str(number)
+        (folder / "mine").mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        wanted = {shutil.copy(path, f"mine/{path.name}").removeprefix("mine/") for pair in pairs for path in pair}
+        was_killed = killed_at(number, "mine", "--move")
+        assert {path.name for path in Path().rglob("*_*.*")} >= wanted
+        between()
+        left = {path.name for path in (*Path("mine").iterdir(), *Path("data").glob("*_*/*"))}
+        assert not killed_at(1000, *flags)
+        assert {path.name for path in (*Path("mine").iterdir(), *Path("data").glob("*_*/*"))} == left
+        if not was_killed:
+            break
+    assert number > 15
+
+
+def test_originals_that_cannot_be_deleted_or_have_changed_stay(download, drawn, monkeypatch, capsys):
+    shutil.copytree(drawn / "train_images", "mine")
+    shutil.copytree(drawn / "train_masks", "mine", dirs_exist_ok=True)
+    changed, locked = sorted(Path("mine").absolute().glob("*.jpg"))[:2]
+
+    def choose(*args: object, choose=split_data.choose_val_cars) -> set[str]:  # after the files were gathered
+        changed.unlink()
+        changed.write_bytes(b"a better photo")
+        return choose(*args)
+
+    def unlink(path: Path, *args: object, unlink=os.unlink, **kwargs: object) -> None:
+        if Path(path) == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(split_data, "choose_val_cars", choose)
+    monkeypatch.setattr(os, "unlink", unlink)
+    split("mine", "--move")
+    check()
+    assert sorted(Path("mine").absolute().iterdir()) == [changed, locked]
+    assert f"cannot be deleted: 2, such as {changed}, kept" in capsys.readouterr().out
+
+
+def test_links_to_files_are_sources_as_files_are(download, drawn):
+    shutil.copytree(drawn / "train_images", "far/away")
+    shutil.copytree(drawn / "train_masks", "far/away", dirs_exist_ok=True)
+    for how in ("--link", "--move"):
+        Path("mine").mkdir()
+        for path in Path("far/away").iterdir():
+            Path("mine", path.name).symlink_to(Path("..", path))
+        split("mine", how)
+        check()
+        assert len(files("far")) == 128
+        shutil.rmtree("data")
+        shutil.rmtree("mine")
+
+
+def test_a_member_that_unpacks_to_more_than_a_photo_is_refused(download, monkeypatch):
+    add_pair(bytes(20_000))
+    monkeypatch.setattr(split_data, "LARGEST", 19_999)
+    with pytest.raises(UserError, match=r"train.zip: broken_01.jpg is larger than a photo"):
+        split(download)
+    with zipfile.ZipFile("download/train.zip", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a_01.jpg", b"x")
+    with pytest.raises(UserError, match=r"a_01.jpg is packed in an unusual way"):
+        split(download)
 
 
 def files(folder: str) -> dict[str, bytes]:

@@ -89,6 +89,17 @@ MISTAKES = {
     "negative workers": (lambda: None, ["--num-workers", "-2"], "NUM_WORKERS"),
     "a negative seed": (lambda: None, ["--seed", "-1"], "SEED"),
     "features of 0": (lambda: None, ["--features", "0"], "FEATURES"),
+    **{
+        f"{name} {' '.join(values)}": (lambda: None, [f"--{name.replace('_', '-')}", *values], name.upper())
+        for name, *values in (
+            ("seed", "18446744073709551616"), ("foreground_values", "1", "none"), ("foreground_values", "9" * 400),
+            ("learning_rate", "1e39"), ("learning_rate", "inf"), ("weight_decay", "1e300"), ("weight_decay", "nan"),
+            ("dice_weight", "1e300"), ("clip_norm", "1e300"), ("mean", "nan", "0", "0"), ("std", "1", "1", "1e-300"),
+            ("batch_size", "9" * 30), ("num_workers", "9" * 30), ("num_epochs", "9" * 400), ("features", "9" * 12),
+            ("image_height", "9" * 30), ("crop", "64", "9" * 30), ("scale", "nan"), ("checkpoint_minutes", "nan"),
+            ("checkpoint", "c" * 251),
+        )
+    },
     "an unknown precision": (lambda: None, ["--precision", "fp8"], "PRECISION"),
     "an unknown device": (lambda: None, ["--device", "toaster"], "DEVICE"),
     "a device that is not there": (lambda: None, ["--device", "cuda:77"], "DEVICE"),

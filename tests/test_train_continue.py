@@ -13,14 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import leave_photos, rows, same, weights
+from conftest import PREPROCESSING, leave_photos, rows, same, weights
 from forked import Training
 
 import train
 import utils
 from machinery import checkpoints, errors
 from machinery.errors import UserError
-from model import UNet
+from model import UNet, build_network
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", 2))  # 20 for a thorough look
 NEW_IN_FORMAT_2 = ("format", "computed", "optimizer_name")
@@ -361,6 +361,71 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path, m
     with pytest.raises(UserError, match="could run code" if as_zip else "no checkpoint"):
         utils.load_checkpoint(CHECKPOINT)
     assert not Path("evil_ran").exists()
+
+
+FOREIGN = {
+    "rule": [5, {"low": 1}, {"chosen": None, "low": "a", "high": 3.0}, {"chosen": None, "brightest": [3]}],
+    "model": [
+        5, {"features": [10**9, 8]}, {"features": [8] * 1000}, {"features": (8, 16), "tile": "no"},
+        {"features": (8, 16), "tile": (0, 0)}, {"features": (8, 16), "what": 3}, {"features": (30_000, 30_000, "a")},
+    ],
+    "preprocessing": [
+        5, *({"height": 32, "width": 48, "mean": (0, 0, 0), "std": (1, 1, 1)} | entry for entry in (
+            {"mean": "abc"}, {"mean": (0, 0)}, {"std": (1, 0, 1)}, {"height": 10**9}, {"width": 1.5}, {"scale": "a"})),
+    ],
+    "photo_size": [5, (1,), "ab"],
+    "history": [[3]],
+    "epoch": ["many", [1]],
+    "settings": [5],
+    "state_dict": [5, {"a": 5}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in FOREIGN.items() for value in values])
+def test_a_checkpoint_of_something_else_is_refused(two_checkpoints, tmp_path, monkeypatch, name, value):
+    monkeypatch.chdir(tmp_path)
+    utils.save_checkpoint({**two_checkpoints[2], name: value}, CHECKPOINT)
+    with pytest.raises(UserError, match="is not from this train"):
+        utils.load_checkpoint(CHECKPOINT)
+
+
+def test_a_small_file_never_asks_for_a_large_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {"features": (1000, 1000)}
+    with torch.device("meta"):
+        large = build_network(config).state_dict()
+    repeated = {name: torch.zeros(()).expand(weight.shape) for name, weight in large.items()}
+    state = {"model": config, "state_dict": repeated, "preprocessing": PREPROCESSING}
+    utils.save_checkpoint(state, CHECKPOINT)
+    assert CHECKPOINT.stat().st_size < 100_000
+    with pytest.raises(UserError, match="is not from this train"):
+        utils.load_checkpoint(CHECKPOINT)
+
+
+def test_a_compressed_file_is_no_checkpoint(two_checkpoints, tmp_path, monkeypatch):
+    """Otherwise a few kilobytes could become gigabytes in memory."""
+    monkeypatch.chdir(tmp_path)
+    CHECKPOINT.write_bytes(two_checkpoints[0])
+    with zipfile.ZipFile(CHECKPOINT) as whole, zipfile.ZipFile("small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in whole.namelist():
+            small.writestr(name, bytes(len(whole.read(name))) if "data/" in name else whole.read(name))
+    with pytest.raises(UserError, match="no checkpoint"):
+        utils.load_checkpoint(Path("small.pt"))
+
+
+def test_statistics_that_are_not_finite_are_in_no_checkpoint(project, run_train, monkeypatch):
+    update = train.update_batch_norm
+
+    def diverge(loader, epoch, model, device):
+        update(loader, epoch, model, device)
+        if epoch:
+            next(iter(model.buffers()))[0] = torch.inf
+
+    monkeypatch.setattr(train, "update_batch_norm", diverge)
+    with pytest.raises(UserError, match="training diverged"):
+        run_train("--num-epochs", "2", "--batch-size", "64")
+    assert utils.load_checkpoint(CHECKPOINT)["epoch"] == 1
+    assert all(value.isfinite().all() for value in weights().values())
 
 
 def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ A new format is a function from a file to Annotations, and two lines in read_fil
 
 import base64
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import yaml
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from machinery.decoding import opened
 from machinery.errors import UserError
@@ -79,20 +80,36 @@ def relative_polygon_mask(ring: np.ndarray, size: tuple[int, int]) -> np.ndarray
     return polygon_mask([ring * size[::-1]], size)
 
 
-def placed(part: Callable[[], np.ndarray], left: int, top: int, size: tuple[int, int]) -> np.ndarray:
-    """Return a photo's mask with a small one at its place, cut at the border."""
-    mask, pixels = np.zeros(size, bool), part()[max(0, -top) :, max(0, -left) :]
+def placed(part: Callable, own_size: tuple[int, int], left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """Return a photo's mask with a small one, part(own_size), at its place, cut at the border.
+
+    Raises ValueError, before anything is allocated, for one that is larger than the photo.
+    """
+    height, width = own_size
+    if not (0 < height <= size[0] and 0 < width <= size[1]):
+        raise ValueError(f"its mask is {width} x {height}, but its photo {size[1]} x {size[0]}")
+    mask, pixels = np.zeros(size, bool), part(own_size)[max(0, -top) :, max(0, -left) :]
     place = mask[max(0, top) :, max(0, left) :]
     height, width = np.minimum(place.shape, pixels.shape)
     place[:height, :width] = pixels[:height, :width]
     return mask
 
 
-def png_mask(png: str) -> np.ndarray:
-    """Decode a mask that LabelMe keeps in base64."""
-    content = np.frombuffer(base64.b64decode(png), np.uint8)
-    mask = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE) if len(content) else None
-    if mask is None:
+def placed_png(png: str, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """Return a photo's mask with the one that LabelMe keeps in base64 at its place."""
+    content = base64.b64decode(png)
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            own_size = image.size[::-1]
+    except UnidentifiedImageError as error:
+        raise ValueError("its mask is no PNG") from error
+    return placed(partial(decode_png, content), own_size, left, top, size)
+
+
+def decode_png(content: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask, bool, of a PNG of this size: (height, width)."""
+    mask = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
+    if mask is None or mask.shape != size:
         raise ValueError("its mask is no PNG")
     return mask > 0
 
@@ -147,7 +164,7 @@ def labelme(file: Path, content: dict) -> Annotation:
         with reading(f"{file}: {place}"):
             kind, ring, draw = shape.get("shape_type") or "polygon", ring_of(shape["points"]), None
             if kind == "mask":
-                draw = partial(placed, partial(png_mask, shape["mask"]), *ring[0].astype(int).tolist())
+                draw = partial(placed_png, shape["mask"], *ring[0].astype(int).tolist())
             elif kind == "circle":
                 radius = np.hypot(*(ring[1] - ring[0]))
                 draw = partial(polygon_mask, [ellipse_ring(*ring[0], radius, radius)])
@@ -206,9 +223,10 @@ def cvat_shape(kind: str, shape: dict[str, str]) -> Callable | None:
 
     rotation = float(shape.get("rotation", 0))
     if kind == "mask":
-        left, top, width, height = map(int, numbers("left", "top", "width", "height"))
+        corners = ring_of(numbers("left", "top", "width", "height"))
+        (left, top), (width, height) = corners.astype(int).tolist()
         counts = [int(count) for count in shape["rle"].split(",")]
-        return partial(placed, partial(counts_mask, counts, (height, width)), left, top)
+        return partial(placed, partial(counts_mask, counts), (height, width), left, top)
     if kind == "box":
         ring = box_ring(numbers("xtl", "ytl", "xbr", "ybr"))
     elif kind == "ellipse":

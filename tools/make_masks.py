@@ -15,17 +15,18 @@ import json
 import re
 import shlex
 import shutil
-import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ from machinery.files import MASK_SUFFIX, SUFFIXES, free_name, is_image, key_of, 
 from machinery.settings import Parser
 from tools.annotations import Annotation, label_image, read_file, reading
 
+BROWSERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers write them (and ._ files) into any folder
 MANIFEST = "make_masks.json"  # in the output folder: what was written, so that nothing else is ever replaced
 
 
@@ -251,8 +253,10 @@ def check_ours(folder: Path) -> None:
         with reading(folder / MANIFEST):
             known = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
     for path in sorted(folder.rglob("*")):
-        name, is_hidden = path.relative_to(folder).as_posix(), path.name.startswith((".", "Thumbs.db"))
-        if path.is_file() and name != MANIFEST and not is_hidden and known.get(name) != checksum(path):
+        name, is_folder = path.relative_to(folder).as_posix(), path.is_dir() and not path.is_symlink()
+        if is_folder or name == MANIFEST or path.name in BROWSERS or path.name.startswith("._"):
+            continue
+        if name not in known or known[name] != checksum(path):
             raise UserError(
                 f"{path} was not written by tools.make_masks, or changed since: choose another --output-dir"
             )
@@ -262,36 +266,80 @@ def checksum(path: Path) -> int:
     return zlib.crc32(path.read_bytes())
 
 
+@contextmanager
+def hidden_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside the output, which is removed afterwards.
+
+    What a killed run has left in it is removed first, and an output that this run had set aside is put back. Raises
+    UserError while another run has the folder.
+    """
+    folder = output.with_name(f".make_masks-{output.name}")
+    folder.mkdir(exist_ok=True)
+    if others := {path.name for path in folder.iterdir()} - {"lock", "new", "old"}:
+        raise UserError(f"{folder / others.pop()} was not written by tools.make_masks: move it away")
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{output} is being written by another run: wait for it") from error
+    except (OSError, NotImplementedError):  # a disk without locks
+        pass
+    try:
+        put_back(folder / "old", output)
+        for name in ("new", "old"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        yield folder
+    finally:
+        put_back(folder / "old", output)
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+def put_back(old: Path, output: Path) -> None:
+    """Give an output that was set aside its place again, where no new one has it."""
+    if old.exists() and not output.exists():
+        old.replace(output)
+
+
 def make(annotations: list[Annotation], photos: list[Path | None], args: argparse.Namespace) -> list[Row]:
     """Write all pairs, into a hidden folder which then takes the output's place. Return a row for each."""
+    output = args.output_dir.resolve()  # a link stays one
     check_ours(args.output_dir)
-    parent = next(folder for folder in args.output_dir.absolute().parents if folder.exists())
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".make_masks-") as temporary:
-        folder, taken = Path(temporary, "new"), set()
-        for kind in ("images", "masks", "embedded"):
-            (folder / kind).mkdir(parents=True)
-        embedded = (Path(plain(PureWindowsPath(annotation.photo).name)) for annotation in annotations)
-        stems = [stem_of(photo or other) for photo, other in zip(photos, embedded, strict=True)]
-        names = [free_name(stem.removesuffix(MASK_SUFFIX), taken) for stem in stems]
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            rows = pool.map(partial(write_pair, folder=folder, args=args), annotations, photos, names)
-            rows = list(tqdm(rows, desc="drawing", total=len(names), unit="photo", disable=None))
-        notes = [row.note for row in rows if row.has_object or not args.skip_empty]
-        if not notes:
-            raise UserError("no photo shows an object: nothing is left by --skip-empty")
-        if args.ignore_label and not holds_void(notes):
-            raise UserError(
-                f"--ignore-label {args.ignore_label[0]}: too few masks with void hold an object, too, so that train.py "
-                "would take void for the object: add --skip-empty, or leave it out"
-            )
-        shutil.rmtree(folder / "embedded")
-        written = sorted((*(folder / "images").iterdir(), *(folder / "masks").iterdir()))
-        manifest = {path.relative_to(folder).as_posix(): checksum(path) for path in written}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        args.output_dir.parent.mkdir(parents=True, exist_ok=True)
-        if args.output_dir.exists():
-            args.output_dir.replace(Path(temporary, "old"))
-        folder.replace(args.output_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with hidden_folder(output) as temporary:
+        rows = write_all(annotations, photos, temporary / "new", args)
+        if output.exists():
+            output.replace(temporary / "old")
+        (temporary / "new").replace(output)
+    return rows
+
+
+def write_all(
+    annotations: list[Annotation], photos: list[Path | None], folder: Path, args: argparse.Namespace
+) -> list[Row]:
+    """Write all pairs and the manifest into a new folder. Return a row for each."""
+    for kind in ("images", "masks", "embedded"):
+        (folder / kind).mkdir(parents=True)
+    embedded = (Path(plain(PureWindowsPath(annotation.photo).name)) for annotation in annotations)
+    stems = [stem_of(photo or other) for photo, other in zip(photos, embedded, strict=True)]
+    stems = [stem.removesuffix(MASK_SUFFIX).lstrip(".") or "photo" for stem in stems]  # no hidden files
+    taken: set[str] = set()
+    names = [free_name(stem, taken) for stem in stems]
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        rows = pool.map(partial(write_pair, folder=folder, args=args), annotations, photos, names)
+        rows = list(tqdm(rows, desc="drawing", total=len(names), unit="photo", disable=None))
+    notes = [row.note for row in rows if row.has_object or not args.skip_empty]
+    if not notes:
+        raise UserError("no photo shows an object: nothing is left by --skip-empty")
+    if args.ignore_label and not holds_void(notes):
+        raise UserError(
+            f"--ignore-label {args.ignore_label[0]}: too few masks with void hold an object, too, so that train.py "
+            "would take void for the object: add --skip-empty, or leave it out"
+        )
+    shutil.rmtree(folder / "embedded")
+    written = sorted((*(folder / "images").iterdir(), *(folder / "masks").iterdir()))
+    manifest = {path.relative_to(folder).as_posix(): checksum(path) for path in written}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return rows
 
 

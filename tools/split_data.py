@@ -5,9 +5,10 @@
     python -m tools.split_data photos masks --move          # your own: masks are the files that end in _mask
 
 Files gather in data/.split first, and move to their places when every pair is there and can be decoded. A run that was
-stopped anywhere is simply run again; originals are deleted (--move) last of all.
+stopped anywhere is simply run again; originals are deleted (--move) last of all, each only beside its equal copy.
 """
 
+import filecmp
 import json
 import os
 import re
@@ -37,6 +38,7 @@ from machinery.files import (
 from machinery.samples import car_of
 from machinery.settings import Parser
 
+LARGEST = 2**30  # bytes of a photo in a zip: a larger one is a bomb
 NOT_SEARCHED = {"test", "test_hq", "sample", "cache", "saved_images"}  # test photos have no masks; the others are ours
 
 Source = tuple[str, str, Callable[[Path], object]]  # file name, where it comes from, what brings it to a path
@@ -57,7 +59,11 @@ def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> It
                 if re.fullmatch(r"train.*\.zip", file.name):
                     yield from zip_sources(file)
                 elif file.is_file() and not file.name.startswith("."):
-                    yield file.name, str(file), lambda target, file=file: bring(file, target)
+                    yield (
+                        file.name,
+                        str(file),
+                        lambda target, file=file: bring(file.resolve(), target),
+                    )  # no links to links
         else:
             raise UserError(f"{path} is neither a folder nor a zip file: give what you downloaded, or its folder")
 
@@ -66,7 +72,7 @@ def zip_sources(path: Path) -> Iterator[Source]:
     """Yield the files in a zip. Raises UserError for a broken one, and for a member that would leave its folder."""
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be opened ({error}): download it again") from error
     for member in archive.infolist():
         name = PurePosixPath(member.filename.replace("\\", "/"))
@@ -79,10 +85,16 @@ def zip_sources(path: Path) -> Iterator[Source]:
 
 
 def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
-    """Write a member of a zip to `target`. Raises UserError where it is damaged."""
+    """Write a member of a zip to `target`. Raises UserError where it is damaged, or too large."""
+    if member.file_size > LARGEST:  # zipfile unpacks no more than the size that is declared
+        raise UserError(f"{archive.filename}: {member.filename} is larger than a photo: do not trust this file")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
+        raise UserError(
+            f"{archive.filename}: {member.filename} is packed in an unusual way: unpack it, give its folder"
+        )
     try:
-        with written_whole(target) as temporary:
-            temporary.write_bytes(archive.read(member))
+        with written_whole(target) as temporary, archive.open(member) as packed, temporary.open("wb") as file:
+            shutil.copyfileobj(packed, file)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
         raise UserError(f"{archive.filename} is damaged at {member.filename} ({error}): download it again") from error
 
@@ -141,6 +153,67 @@ def choose_val_cars(cars: set[str], share: float, seed: int) -> set[str]:
     return set(np.random.default_rng(seed).permutation(sorted(cars))[:count].tolist())
 
 
+def gather_all(sources: list[Path], data_dir: Path, val_share: float, seed: int, how: str, suffix: str) -> None:
+    """Bring the sources into data_dir/.split, and write its plan.json when nothing can go wrong any more."""
+    stage = data_dir / ".split"
+    for folder in folders_of(data_dir):
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise UserError(f"{folder} has files already: move what is there away, or choose another --data-dir")
+    shutil.rmtree(stage, ignore_errors=True)
+    for kind in ("images", "masks"):
+        (stage / kind).mkdir(parents=True)
+    bring = {"copy": copy_file, "link": os.link, "move": link_or_copy}[how]
+    origins = gather(find_sources(sources, bring), stage, suffix)
+    pairs = verify(stage, origins, suffix)
+    val_cars = choose_val_cars({group_of(image) for image, _ in pairs}, val_share, seed)
+    places, originals = {}, {}
+    for image, mask in pairs:
+        name = "val" if group_of(image) in val_cars else "train"
+        mask_name = mask.name if suffix == MASK_SUFFIX else f"{image.stem}{MASK_SUFFIX}{mask.suffix}"
+        places[f"images/{image.name}"] = f"{name}_images/{image.name}"
+        places[f"masks/{mask.name}"] = f"{name}_masks/{mask_name}"
+    if how == "move":
+        for file, place in places.items():
+            original = Path(origins[Path(file).name]).absolute()
+            if original.is_file():  # what came out of a zip is none
+                originals[place] = str(original)
+    with written_whole(stage / "plan.json") as temporary:
+        temporary.write_text(json.dumps({"places": places, "originals": originals}))
+
+
+def folders_of(data_dir: Path) -> list[Path]:
+    return [data_dir / f"{name}_{kind}" for name in ("train", "val") for kind in ("images", "masks")]
+
+
+def stopped_plan(data_dir: Path) -> dict[str, dict[str, str]] | None:
+    """Return the plan of a run that was stopped while it brought files to their places or deleted originals, or None.
+
+    It is void where files have been taken out of the four folders, or added in the place of others.
+    """
+    stage = data_dir / ".split"
+    if not (stage / "plan.json").exists():
+        return None
+    plan = json.loads((stage / "plan.json").read_text())
+    placed = [(data_dir / place).exists() for place in plan["places"].values()]
+    waiting = [(stage / file).exists() for file in plan["places"]]
+    is_whole = any(placed) and all(one != other for one, other in zip(placed, waiting, strict=True))
+    return plan if is_whole else None
+
+
+def delete_original(original: Path, copy: Path) -> bool:
+    """Delete a file, but only while another one, its copy or hard link, is equal to it. Return whether it is gone."""
+    try:
+        if not original.samefile(copy):
+            has_copy = filecmp.cmp(original, copy, shallow=False)
+        else:  # two names of one file, not one name that is reached by two paths
+            has_copy = original.resolve() != copy.resolve() and copy.stat().st_nlink > 1
+        if has_copy:
+            original.unlink()
+    except OSError:  # it may not be read or deleted
+        pass
+    return not original.exists()
+
+
 def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how: str, suffix: str) -> None:
     """Sort the sources into data_dir's four folders. An error leaves both as they were.
 
@@ -150,41 +223,19 @@ def split(sources: list[Path], data_dir: Path, val_share: float, seed: int, how:
         suffix: what masks' names end in.
     """
     stage = data_dir / ".split"
-    plan = stage / "plan.json"  # there as soon as nothing can go wrong any more
-    folders = [data_dir / f"{name}_{kind}" for name in ("train", "val") for kind in ("images", "masks")]
-    if not plan.exists():
-        for folder in folders:
-            if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-                raise UserError(f"{folder} has files already: empty the four folders, or choose another --data-dir")
-        shutil.rmtree(stage, ignore_errors=True)
-        for kind in ("images", "masks"):
-            (stage / kind).mkdir(parents=True)
-        bring = {"copy": copy_file, "link": os.link, "move": link_or_copy}[how]
-        origins = gather(find_sources(sources, bring), stage, suffix)
-        pairs = verify(stage, origins, suffix)
-        val_cars = choose_val_cars({group_of(image) for image, _ in pairs}, val_share, seed)
-        places = {}
-        for image, mask in pairs:
-            name = "val" if group_of(image) in val_cars else "train"
-            mask_name = mask.name if suffix == MASK_SUFFIX else f"{image.stem}{MASK_SUFFIX}{mask.suffix}"
-            places[f"images/{image.name}"] = f"{name}_images/{image.name}"
-            places[f"masks/{mask.name}"] = f"{name}_masks/{mask_name}"
-        placed = {Path(file).name for file in places}  # not a second mask of a photo, which find_pairs passes over
-        originals = [Path(origin).absolute() for name, origin in origins.items() if how == "move" and name in placed]
-        with written_whole(plan) as temporary:
-            delete = [str(original) for original in originals if original.is_file()]  # what came out of a zip is none
-            temporary.write_text(json.dumps({"places": places, "delete": delete}))
+    if plan := stopped_plan(data_dir):
+        print(f"Finishing the split that was stopped in {data_dir}; for another one move its files away and run again.")
     else:
-        print(f"Finishing the split that was stopped in {data_dir}; for another one empty its folders and run again.")
-
-    todo = json.loads(plan.read_text())
-    for folder in folders:
+        gather_all(sources, data_dir, val_share, seed, how, suffix)
+        plan = json.loads((stage / "plan.json").read_text())
+    for folder in folders_of(data_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    for file, place in todo["places"].items():
+    for file, place in plan["places"].items():
         if (stage / file).exists():
             (stage / file).replace(data_dir / place)
-    for original in todo["delete"]:
-        Path(original).unlink(missing_ok=True)
+    originals = {Path(original): data_dir / place for place, original in plan["originals"].items() if how == "move"}
+    if kept := [original for original, copy in originals.items() if not delete_original(original, copy)]:
+        print(f"Originals that differ from their copies or cannot be deleted: {len(kept)}, such as {kept[0]}, kept")
     shutil.rmtree(stage)
     for name in ("train", "val"):
         images = [path for path in (data_dir / f"{name}_images").iterdir() if is_image(path)]
