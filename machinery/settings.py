@@ -155,17 +155,17 @@ def check_settings(s: SimpleNamespace, size_multiple: Callable[[tuple], int], pr
     multiple = size_multiple(s.features) if isinstance(s.features, tuple) and not s.encoder else 1
     smallest, smallest_crop = max(64 if s.encoder else 16, multiple), max(64, 4 * multiple)
     side = lambda v: smallest <= v <= 65535  # noqa: E731
-    weight = (number, lambda v: is_number(v, 0, LARGEST), f"a number from 0 to {LARGEST:g}")
+    weight = (number, lambda v: is_number(v, 0, LARGEST), f"a number, at least 0 and at most {LARGEST:g}")
     parts_of_batch = f"a multiple of {parts}, the processes times ACCUMULATION" if parts > 1 else "at least 1"
     parts_of_batch += ", at most 100000"
     check_ranges(s, (
         ("features", tuple, lambda v: v and all(type(f) is int and 0 < f <= 10_000 for f in v),
          "channels of each stage, 10000 at most"),
-        ("image_height", int, side, f"a whole number from {smallest} to 65535"),
-        ("image_width", int, side, f"a whole number from {smallest} to 65535"),
+        ("image_height", int, side, f"a whole number, at least {smallest} and at most 65535"),
+        ("image_width", int, side, f"a whole number, at least {smallest} and at most 65535"),
         ("crop", tuple | None,
          lambda v: v is None or (len(v) == 2 and all(type(c) is int and smallest_crop <= c <= 65535 for c in v)),
-         f"height and width, from {smallest_crop} to 65535, such as (256, 256), or to None"),
+         f"height and width, at least {smallest_crop} and at most 65535, such as (256, 256), or to None"),
         ("scale", number, lambda v: 0 < v <= 1, "a share of the photos' own size, above 0 and at most 1"),
         ("encoder", str | None, lambda v: v != "", 'the name of a network of timm, such as "resnet34", or to None'),
         ("encoder_weights", str | None, lambda v: v != "", "a file with the weights of ENCODER, or to None"),
@@ -184,7 +184,7 @@ def check_settings(s: SimpleNamespace, size_multiple: Callable[[tuple], int], pr
         ("dice_weight", *weight),
         ("clip_norm", *weight),
         ("seed", int, lambda v: 0 <= v < 2**63, "a whole number, at least 0 and below 2**63"),
-        ("num_workers", int, lambda v: -1 <= v <= 256, "a whole number, from 0 to 256, or to -1"),
+        ("num_workers", int, lambda v: -1 <= v <= 256, "a whole number, at least 0 and at most 256, or to -1"),
         ("device", str, bool, '"auto", "cuda", "mps" or "cpu"'),
         ("precision", str, lambda v: v in ("auto", "bf16", "fp16", "fp32"), '"auto", "bf16", "fp16" or "fp32"'),
         ("compile", str, lambda v: v in ("auto", "yes", "no"), '"auto", "yes" or "no"'),

@@ -249,7 +249,7 @@ def test_weights_that_lack_statistics_or_are_nan(pretrained, run_train):
 
 def test_a_size_below_64(project, run_train):
     message = refusal(run_train, "--encoder", "test_resnet", "--image-height", "63")
-    assert message == "IMAGE_HEIGHT is 63: set it to a whole number, at least 64"
+    assert message == "IMAGE_HEIGHT is 63: set it to a whole number, at least 64 and at most 65535"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
