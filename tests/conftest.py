@@ -44,14 +44,16 @@ def project(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.fixture
-def run_train(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Runs train.py with a tiny network at a tiny size.
+def run_train():
+    """Runs train.py with a tiny network at a tiny size."""
+    return lambda *flags: train.main([*SMALL, *flags])
 
-    The curves, which take matplotlib a third of that time, are empty outside of test_report.py and test_report_page.py.
-    """
+
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the curves empty where no test looks at them: matplotlib takes a third of a small run's time for them."""
     if "report" not in request.module.__name__:
         monkeypatch.setattr(report, "draw_curves", draw_no_curves)
-    return lambda *flags: train.main([*SMALL, *flags])
 
 
 def draw_no_curves(history: list[dict], path: Path) -> None:

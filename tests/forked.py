@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -12,11 +13,11 @@ from pathlib import Path
 from conftest import SMALL, draw_no_curves
 
 import train
-from machinery import errors, report
+from machinery import errors, processes, report
 
 ROOT = Path(train.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["forked", "torch._dynamo", "torchvision"])  # a run imports the last two
+CONTEXT.set_forkserver_preload(["forked", "torch._dynamo", "torchvision", "timm"])  # a run imports the last three
 
 
 class Forked(CONTEXT.Process):
@@ -39,6 +40,7 @@ class Forked(CONTEXT.Process):
         for number, path in enumerate(self.printed, start=1):
             os.dup2(os.open(path, os.O_WRONLY), number)
         sys.stdout.reconfigure(line_buffering=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, processes.STOPPING)  # if it was a run that started the server
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, self.largest_file))
         self.main()
 

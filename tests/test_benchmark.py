@@ -24,6 +24,7 @@ def figures(what: str, *flags: str) -> dict[str, float]:
 
 def test_train_compares_the_classic_step_with_ours(project, monkeypatch):
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "MATRIX", 512)
     found = figures("train", "--batch-size", "2")
     assert found["step_ratio"] == pytest.approx(found["ours_images_per_second"] / found["classic_images_per_second"])
     assert found["ours_gflop_per_image"] == pytest.approx(found["classic_gflop_per_image"])

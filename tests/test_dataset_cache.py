@@ -1,33 +1,25 @@
 """The cache when processes are killed, and when several start together: real processes."""
 
 import json
-import os
 import pickle
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import Script
 
-import train
 from dataset import CarvanaDataset
 from machinery.decoding import Rule
 from machinery.files import written_whole
 
-ROOT = Path(train.__file__).parent
 
-
-def build(drawn: Path, cache: Path, delay: float) -> subprocess.Popen:
-    script = [sys.executable, str(ROOT / "tests" / "build_cache.py")]
-    folders = [str(drawn / "train_images"), str(drawn / "train_masks"), str(cache)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*script, *folders, str(delay)], stdout=subprocess.PIPE, text=True, env=environment)
+def build(drawn: Path, cache: Path, delay: float, number: int = 0) -> Script:
+    folders = map(str, (drawn / "train_images", drawn / "train_masks", cache))
+    return Script(Path(__file__).with_name("build_cache.py"), *folders, str(delay), rank=number)
 
 
 def samples(cache: Path) -> list[tuple[dict, bytes]]:
@@ -36,16 +28,17 @@ def samples(cache: Path) -> list[tuple[dict, bytes]]:
     return [(index, (cache / index.pop("samples")).read_bytes()) for index in indices]
 
 
-def test_a_build_that_is_killed_leaves_nothing_half_written(drawn, tmp_path):
+def test_a_build_that_is_killed_leaves_nothing_half_written(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     undisturbed = CarvanaDataset(drawn / "train_images", drawn / "train_masks", (32, 48))
     undisturbed.prepare(tmp_path / "undisturbed")
     cache = tmp_path / "cache"
     for wait in random.Random(0).sample([0.02 * step for step in range(1, 25)], 5):  # the build takes 0.32 s and more
         process = build(drawn, cache, delay=0.01)
-        assert process.stdout.readline() == "building\n"
+        process.wait_for("building\n")
         time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         if cache.exists():
             assert samples(cache) in ([], samples(tmp_path / "undisturbed"))
     CarvanaDataset(drawn / "train_images", drawn / "train_masks", (32, 48)).prepare(cache)
@@ -102,11 +95,11 @@ def test_a_kill_before_the_index_is_there_leaves_the_old_samples(drawn, tmp_path
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_of_processes_that_start_together_one_builds(drawn, tmp_path):
-    processes = [build(drawn, tmp_path / "cache", delay=0.02) for _ in range(3)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    decoded = sorted(int(output.split()[-1]) for output in outputs)
+def test_of_processes_that_start_together_one_builds(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    processes = [build(drawn, tmp_path / "cache", 0.02, number) for number in range(3)]
+    assert [process.status() for process in processes] == [0, 0, 0]
+    decoded = sorted(int(process.output().split()[-1]) for process in processes)
     assert decoded == [0, 0, 64]
 
 

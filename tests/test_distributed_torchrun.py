@@ -144,7 +144,7 @@ SPACES = [f"unet{os.getpid()}-{number}" for number in (0, 1)]  # two runs of the
 
 
 @pytest.fixture
-def two_machines(drawn, tmp_path):
+def two_machines(drawn, tmp_path, monkeypatch):
     """Two network namespaces with a virtual wire between them, and a folder of its own for each."""
     commands = f"""
         ip netns add {SPACES[0]}; ip netns add {SPACES[1]}
@@ -159,6 +159,8 @@ def two_machines(drawn, tmp_path):
             pytest.skip(f"network namespaces are not to be had here: {made.stderr.strip()}")
         for number in (0, 1):
             shutil.copytree(drawn, tmp_path / str(number) / "data")
+            monkeypatch.chdir(tmp_path / str(number))
+            leave_photos(32, 8)
         yield tmp_path
     finally:
         end_machines()

@@ -53,6 +53,7 @@ from model import build_network, size_multiple
 from predict import full_size_dice
 from train import A  # albumentations, once train.py has prepared its import
 
+MATRIX = 2048  # rows and columns of those whose product shows what a CPU can do; a GPU's are four times as large
 ROUNDS = 3  # each contender runs once a round, in turn, so that a noisy machine is noisy for all
 
 
@@ -196,7 +197,7 @@ class OperationCount(TorchDispatchMode):
 
 def matmul_speed(device: Device, wait: Callable) -> float:
     """Measure the GFLOP/s of a product of two large matrices in the device's precision."""
-    size = 2048 if device.device.type == "cpu" else 8192
+    size = MATRIX if device.device.type == "cpu" else 4 * MATRIX
     some, other = (torch.randn(size, size, device=device.device, dtype=device.precision) for _ in range(2))
 
     def products() -> None:
