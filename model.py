@@ -44,8 +44,10 @@ class DoubleConv(nn.Module):
         return self.layers(x)
 
     def fold_batch_norm(self) -> None:
-        """Make each BatchNorm in eval mode a part of the convolution before it."""
+        """Make each BatchNorm in eval mode a part of the convolution before it; another norm stays as it is."""
         conv1, norm1, relu1, conv2, norm2, relu2 = self.layers
+        if not isinstance(norm1, nn.BatchNorm2d):
+            return
         self.layers = nn.Sequential(fuse_conv_bn_eval(conv1, norm1), relu1, fuse_conv_bn_eval(conv2, norm2), relu2)
 
 

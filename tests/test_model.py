@@ -53,3 +53,13 @@ def test_every_weight_learns():
 def test_channels_are_free():
     assert UNet(in_channels=1, out_channels=5, features=(4,))(torch.randn(1, 1, 16, 16)).shape == (1, 5, 16, 16)
     assert UNet(features=(4, 7, 7, 5))(torch.randn(2, 3, 16, 16)).shape == (2, 1, 16, 16)
+
+
+def test_blocks_with_another_norm_are_not_folded():
+    model = UNet(3, 1, (8, 16)).eval()
+    model.downs[0].layers[1], model.downs[0].layers[4] = torch.nn.GroupNorm(1, 8), torch.nn.GroupNorm(1, 8)
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(1, 3, 32, 48)
+    wanted = model(images)
+    model.fold_batch_norm()
+    torch.testing.assert_close(model(images), wanted, rtol=1e-3, atol=1e-4)
