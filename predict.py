@@ -122,7 +122,7 @@ class Predictor(nn.Module):
 
     @property
     def has_large_inputs(self) -> bool:
-        """Whether photos are as large as they are, and not all of one size."""
+        """Return whether photos come at their original sizes, which differ."""
         return bool(self.tile) or isinstance(self.size, float)
 
     @torch.inference_mode()

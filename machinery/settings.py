@@ -193,10 +193,16 @@ def check_settings(s: SimpleNamespace, size_multiple: Callable[[tuple], int], pr
         ("checkpoint_minutes", number, lambda v: v >= 0, "a number, at least 0"),
         ("saved_images_dir", str, bool, "a folder's name"),
     ))  # fmt: skip
+    is_one_value = not s.crop and s.batch_size == parts and max(s.image_height, s.image_width) <= multiple
+    if is_one_value:
+        raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
+    check_combinations(s)
+
+
+def check_combinations(s: SimpleNamespace) -> None:
+    """Check settings that depend on one another, and that the folders can be written to. Raises UserError."""
     if s.scale != 1 and not s.crop:
         raise UserError(f"SCALE is {s.scale}, but CROP is None: set CROP, such as (256, 256), or SCALE to 1")
-    if not s.crop and s.batch_size == parts and max(s.image_height, s.image_width) <= multiple:
-        raise UserError(f"BATCH_SIZE is {s.batch_size}: set it to {2 * parts}, because BatchNorm needs several values")
     if s.encoder_weights and not s.encoder:
         raise UserError("ENCODER_WEIGHTS is set, but ENCODER is None: set both or none of them")
     if s.encoder_weights and not (s.load_model or s.start_from or Path(s.encoder_weights).is_file()):
