@@ -78,7 +78,8 @@ class Script(Forked):
     def main(self) -> None:
         os.environ |= {name: str(value) for name, value in self.environment.items()}
         for name, module in list(sys.modules.items()):  # the project's modules look at it when they are imported
-            if str(getattr(module, "__file__", None)).startswith(f"{ROOT}{os.sep}") and name != "__main__":
+            folders = Path(getattr(module, "__file__", None) or "").parents
+            if ROOT in folders and ROOT / ".venv" not in folders and name != "__main__":
                 del sys.modules[name]
         sys.argv = [self.script, *self.flags]
         runpy.run_path(self.script, run_name="__main__")
