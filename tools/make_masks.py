@@ -31,12 +31,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from machinery.decoding import NUM_THREADS, VOID, Note, holds_void, opened, orientation_of, upright, upright_size
-from machinery.errors import UserError, run
-from machinery.files import MASK_SUFFIX, SUFFIXES, free_name, is_image, key_of, link_or_copy, nfc, stem_of
+from machinery.errors import UserError, counted, reason_of, remedy_of, run
+from machinery.files import (
+    CLUTTER,
+    MASK_SUFFIX,
+    SUFFIXES,
+    files_below,
+    files_in,
+    free_name,
+    if_stale,
+    is_image,
+    key_of,
+    link_or_copy,
+    nfc,
+    stem_of,
+)
 from machinery.settings import Parser
 from tools.annotations import Annotation, label_image, read_file, reading
 
-BROWSERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers write them (and ._ files) into any folder
 MANIFEST = "make_masks.json"  # in the output folder: what was written, so that nothing else is ever replaced
 
 
@@ -86,18 +98,17 @@ def count_same(pairs: Iterable[tuple[str, str]]) -> int:
 def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
     """List the files that are given, with those in the folders, and the images among and beside them, each once.
 
-    Hidden files and what tools.make_masks wrote are left out.
+    Clutter and what tools.make_masks wrote are left out.
     """
     files, images = [], []
     for source in sources:
         if not source.exists():
             raise UserError(f"{source} does not exist: correct the path")
         folder = source if source.is_dir() else source.parent
-        below = sorted(source.rglob("*") if source.is_dir() else folder.iterdir())
+        below = files_below(source) if source.is_dir() else list(filter(Path.is_file, files_in(folder)))
         ours = {path.parent for path in below if path.name == MANIFEST}
         for path in below:
-            is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if is_hidden or not path.is_file() or ours.intersection(path.parents):
+            if ours.intersection(path.parents):
                 continue
             if is_image(path):
                 images.append(path)
@@ -122,7 +133,8 @@ def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
         kinds = "LabelMe, COCO, CVAT for images or YOLO, label images or run-length tables"
         raise UserError(f"{sources[0]} holds no annotations: give files of {kinds}")
     if passed_over := [file for file in others if not read[file] and file.suffix.lower() not in (".yaml", ".yml")]:
-        print(f"Passed over, because they are no annotations: {len(passed_over)} files, such as {passed_over[0]}")
+        files = counted(len(passed_over), "file")
+        print(f"Passed over, because they are no annotations: {files}, such as {passed_over[0]}")
     return annotations, photos
 
 
@@ -254,7 +266,8 @@ def check_ours(folder: Path) -> None:
             known = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
     for path in sorted(folder.rglob("*")):
         name, is_folder = path.relative_to(folder).as_posix(), path.is_dir() and not path.is_symlink()
-        if is_folder or name == MANIFEST or path.name in BROWSERS or path.name.startswith("._"):
+        is_clutter = path.name.startswith("._") or CLUTTER.intersection(map(str.casefold, Path(name).parts))
+        if is_folder or name == MANIFEST or is_clutter:
             continue
         if name not in known or known[name] != checksum(path):
             raise UserError(
@@ -277,11 +290,12 @@ def hidden_folder(output: Path) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
     if others := {path.name for path in folder.iterdir()} - {"lock", "new", "old"}:
         raise UserError(f"{folder / others.pop()} was not written by tools.make_masks: move it away")
-    lock = FileLock(folder / "lock", timeout=0)
+    lock_file = folder / "lock"
+    lock = FileLock(lock_file, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError(f"{output} is being written by another run: wait for it") from error
+        raise UserError(f"{output} is being written by another run: wait for it{if_stale(lock_file)}") from error
     except (OSError, NotImplementedError):  # a disk without locks
         pass
     try:
@@ -385,9 +399,8 @@ def main(argv: list[str] | None = None) -> None:
         matched = match(annotations, photos)
         rows = make(annotations, matched, args)
     except OSError as error:
-        raise UserError(
-            f"{error.filename}: {error.strerror}: make room there, or choose another --output-dir"
-        ) from error
+        advice = f"{remedy_of(error)}, or choose another --output-dir"
+        raise UserError(f"{error.filename}: {reason_of(error)}: {advice}") from error
     print_table(annotations, rows, args)
     if (others := photos.count - sum(photo is not None for photo in matched)) > 0:
         print(f"Photos that no file mentions: {others}, left out")
