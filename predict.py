@@ -490,6 +490,9 @@ def load_network(args: argparse.Namespace) -> Predictor:
         model.size = tuple(args.size)
     elif args.tile and is_whole:
         model.size = 1.0
+    encoder = getattr(model.network, "encoder", None)
+    if (args.size or args.tile) and hasattr(encoder, "check_size"):
+        encoder.check_size(*(model.tile or model.size))
     return model
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from machinery import processes
 from machinery.decoding import Rule, rule_from
-from machinery.encoders import encoder_normalisation
+from machinery.encoders import Encoder, encoder_normalisation
 from machinery.errors import UserError, counted, reason_of, remedy_of
 from machinery.files import is_locked, lock_of, locked, remove_leftovers, saving
 from machinery.sample_data import use_sample_if_empty
@@ -460,6 +460,7 @@ def settle(s: SimpleNamespace) -> None:
         s.image_height, s.image_width = s.crop  # a crop is all that the network sees
     use_sample_if_empty(s)
     if s.encoder:
+        Encoder(s.encoder).check_size(s.image_height, s.image_width)  # now: decoding photos may take an hour
         s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)
 
 
