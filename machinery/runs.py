@@ -92,7 +92,9 @@ class Run:
                     self.save()
         if skipped:
             steps = counted(step + 1, "step")
-            tqdm.write(f"Skipped {skipped} of {steps}, whose gradients overflowed fp16. A few are normal.")
+            tqdm.write(
+                f"Steps that were skipped: {skipped} of {steps}, whose gradients overflowed fp16. A few are normal."
+            )
         self.raise_if_not_finite()
         self.trained_at = time.perf_counter()
         epoch.seconds = self.trained_at - start

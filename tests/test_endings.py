@@ -114,7 +114,7 @@ def test_a_restart_continues_its_own_run_alone(project, run_train, monkeypatch, 
     own = checkpoints.torch.load(CHECKPOINT)["run"]
     monkeypatch.setattr(processes, "run_id", lambda: own)
     run_train("--num-epochs", "2")
-    assert "Continuing after 1 epochs" in capsys.readouterr().out and len(rows()) == 2
+    assert "Continuing after 1 epoch and" in capsys.readouterr().out and len(rows()) == 2
 
 
 def test_all_processes_and_restarts_of_torchrun_have_one_run_id(tmp_path):

@@ -38,6 +38,7 @@ from machinery.files import (
     files_in,
     find_masks,
     find_pairs,
+    image_of,
     is_clutter,
     is_image,
     link_or_copy,
@@ -55,7 +56,7 @@ MASKS_FOLDER = re.compile(r"mask|label|annot|seg|truth|^gt$", re.IGNORECASE)  # 
 NOT_SEARCHED = {"test", "test_hq", "sample", "cache", "saved_images"}  # test photos have no masks; the others are ours
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """A photo, a mask or another file, and what brings it to a path."""
 
@@ -64,6 +65,15 @@ class Source:
     given: int  # the number of the zip or folder that was given, from 0
     folders: list[str]  # the folder or zip file that was given, and those in it above the file
     bring: Callable[[Path], object]
+
+    @property
+    def stem(self) -> str:
+        return stem_of(Path(self.name))
+
+    @property
+    def place(self) -> Path:
+        """The folder, or the zip file's folder, in which it lies."""
+        return Path(self.origin).parent
 
 
 def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> Iterator[Source]:
@@ -132,36 +142,43 @@ def link(file: Path, target: Path) -> None:
 
 
 def masks_among(files: list[Source], suffix: str) -> list[Source]:
-    """Return those of photos and masks that are masks, as the module's docstring says; beside x, x_mask_1 is one."""
-    stems = {stem_of(Path(file.name)) for file in files}
-    named = re.compile(rf"(.+){re.escape(suffix)}([\W\d_].*)?")
-    found = [(named.fullmatch(stem_of(Path(file.name))), file) for file in files if suffix]
+    """Return those of photos and masks that are masks, as the module's docstring says.
+
+    Beside files that end in the suffix these are x_mask_1 of x, and in folders without photos those of equal names.
+    """
+    stems, named = {file.stem for file in files}, re.compile(rf"(.+){re.escape(suffix)}([\W\d_].*)?")
+    found = [(named.fullmatch(file.stem), file) for file in files if suffix]
     if masks := [file for match, file in found if match and (not match[2] or match[1] in stems)]:
-        return masks
+        places = {file.place for file in masks}
+        photos = {file.stem for file in files if file.place not in places}
+        beside = [file for file in files if file.place in places]
+        return masks + [file for file in beside if file.stem in photos or image_of(file.stem, photos, suffix)]
     shared = set.intersection(*(set(file.folders) for file in files)) if files else set()
     masks = [file for file in files if any(MASKS_FOLDER.search(name) for name in set(file.folders) - shared)]
     if 0 < len(masks) < len(files):
         return masks
-    return [file for file in files if file.given == 1] if max((file.given for file in files), default=0) == 1 else []
+    are_two = {file.given for file in files} == {0, 1}
+    return [file for file in files if are_two and file.given == 1]
 
 
 def gather(sources: Iterator[Source], stage: Path, suffix: str) -> dict[str, str]:
     """Bring every photo and mask into stage/images or stage/masks; return where each came from, by its path there."""
     found = list(sources)
     files = [source for source in found if is_image(Path(source.name))]
-    masks = {id(source) for source in masks_among(files, suffix)}
-    origins: dict[str, str] = {}
+    masks, origins = set(masks_among(files, suffix)), {}
+    ending = f"whose names end in {suffix} (--mask-suffix)" if suffix else "by their folders' names or their order"
+    missing = "photos" if len(masks) == len(files) else f"masks, {ending}: was train_masks.zip forgotten"
+    if len(masks) in (0, len(files)):
+        raise UserError(f"the sources hold no {missing}? Give photos and masks (a zip inside a zip: unpack it first)")
     for source in tqdm(files, desc="gathering", unit="file", disable=None):
-        place = f"{'masks' if id(source) in masks else 'images'}/{source.name}"
+        place = f"{'masks' if source in masks else 'images'}/{source.name}"
         if place in origins:
             raise UserError(
                 f"{source.name} is there twice, as {origins[place]} and as {source.origin}: give only one of them"
             )
         origins[place] = source.origin
         source.bring(stage / place)
-    for line in passed_over(
-        (Path(source.origin) for source in found if not is_image(Path(source.name))), "the sources"
-    ):
+    for line in passed_over((Path(source.origin) for source in found), "the sources"):
         print(line)
     return origins
 
@@ -197,11 +214,6 @@ def unite_masks(stage: Path, origins: dict[str, str], suffix: str, is_wanted: bo
 
 def verify(stage: Path, origins: dict[str, str], suffix: str) -> list[tuple[Path, Path]]:
     """Decode each pair in the stage, and return them. Raises UserError for a file without partner or a broken one."""
-    ending = f"whose names end in {suffix} (--mask-suffix)" if suffix else "by their folders' names or their order"
-    advice = f"masks, {ending}: was train_masks.zip forgotten"
-    for kind, rule in (("images", "photos"), ("masks", advice)):
-        if not any((stage / kind).iterdir()):
-            raise UserError(f"the sources hold no {rule}? Give photos and masks (a zip inside a zip: unpack it first)")
     try:
         pairs = find_pairs(stage / "images", stage / "masks", suffix)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
