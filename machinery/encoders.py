@@ -42,11 +42,11 @@ class Encoder(nn.Module):
         The size is rounded up, as the U-Net pads it.
         """
         largest, channels = max(self.strides), self.network.feature_info.channels()
-        height, width = (math.ceil(side / largest) * largest for side in (height, width))
-        wanted = [(number, height // s, width // s) for number, s in zip(channels, self.strides, strict=True)]
+        padded = [math.ceil(side / largest) * largest for side in (height, width)]
+        wanted = [(number, padded[0] // s, padded[1] // s) for number, s in zip(channels, self.strides, strict=True)]
         try:
             with torch.no_grad():
-                images = torch.zeros(1, 3, height, width).to(next(self.parameters()))
+                images = torch.zeros(1, 3, *padded).to(next(self.parameters()))
                 fits = [tuple(features.shape[1:]) for features in self.network(images)] == wanted
         except Exception:  # of many kinds
             fits = False
