@@ -48,7 +48,7 @@ class Annotation:
     """What a file says of a photo."""
 
     file: Path
-    photo: str  # its name or path as the file gives it, or its stem
+    photo: str  # its name or path as the file gives it, or its stem, or nothing
     size: tuple[int, int] | None  # (height, width) of the photo as the tool took it, where the file says so
     shapes: list[Shape] = field(default_factory=list)  # from the lowest to the one on top, where there is an order
     has_order: bool = False  # a shape covers those before it, whatever their labels
@@ -183,7 +183,7 @@ def labelme(file: Path, content: dict) -> Annotation:
     https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py
     """
     size = size_of(content.get("imageHeight"), content.get("imageWidth"))
-    annotation = Annotation(file, content["imagePath"] or file.stem, size, has_order=True, has_photos_name=True)
+    annotation = Annotation(file, content["imagePath"] or "", size, has_order=True, has_photos_name=True)
     annotation.is_prediction = is_untouched(content)
     if content.get("imageData"):
         annotation.embedded = lambda: base64.b64decode(json.loads(file.read_text("utf-8-sig"))["imageData"])

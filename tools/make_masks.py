@@ -73,7 +73,7 @@ class Photos:
                 "remove the photo that it does not show"
             )
         if not (found or own or annotation.embedded):
-            name = PureWindowsPath(annotation.photo).name
+            name = PureWindowsPath(annotation.photo).name or file.stem
             raise UserError(f"{file}: its photo {name} is not there: give the folder that holds it, too")
         return found or own
 
@@ -147,14 +147,15 @@ def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
         found = {image: label_image(image) for image in progress([file for file in files if file not in others])}
         annotations = [annotation for annotation in found.values() if annotation]
         photos = Photos([image for image in images if not found.get(image)])
+    unknown = [file for file in others if not read[file] and file.suffix.lower() not in (".yaml", ".yml")]
     if not annotations:
         raise UserError(
-            f"{(*others, *sources)[0]} holds no annotations that are read: export COCO, LabelMe, CVAT for images 1.1 "
+            f"{(*unknown, *sources)[0]} holds no annotations that are read: export COCO, LabelMe, CVAT for images 1.1 "
             "or YOLO segmentation from your tool, unpack archives, and save colour masks as label images of one "
             "channel (docs/annotation.md lists the formats)"
         )
-    if passed_over := [file for file in others if not read[file] and file.suffix.lower() not in (".yaml", ".yml")]:
-        print(f"Passed over, because they are no annotations: {len(passed_over)} files, such as {passed_over[0]}")
+    if unknown:
+        print(f"Passed over, because they are no annotations: {len(unknown)} files, such as {unknown[0]}")
     return annotations, photos
 
 
@@ -168,15 +169,16 @@ def match(annotations: list[Annotation], photos: Photos) -> list[Pair]:
     for annotation in annotations:
         with reading(annotation.file):
             photo = photos.photo_of(annotation)
-        known, _ = pairs.setdefault(photo.resolve() if photo else annotation.file, (annotation, photo))
-        if known is annotation:
-            continue
-        if (known.file, known.size) != (annotation.file, annotation.size):
+            known, _ = pairs.setdefault(photo.resolve() if photo else annotation.file, (annotation, photo))
+            if known.file == annotation.file and known.size != annotation.size:
+                raise ValueError(f"{annotation.photo} has two sizes in it")
+        if known.file != annotation.file:
             advice = "give only one of them"
             if annotation.is_prediction or known.is_prediction:
                 advice += ", or add --corrected to leave out predictions"
             raise UserError(f"{photo} is annotated in {known.file} and in {annotation.file}: {advice}")
-        known.shapes += annotation.shapes
+        if known is not annotation:
+            known.shapes += annotation.shapes
     return list(pairs.values())
 
 
@@ -186,10 +188,10 @@ def choose_labels(annotations: list[Annotation], wanted: list[str], ignored: lis
     listed = ", ".join(f"{label} ({count})" for label, count in counts.most_common(20))
     listed += f" and {len(counts) - 20} more" if len(counts) > 20 else ""
     if not counts:
-        advice = "outline the objects, or draw lines with --line-width"
+        advice = "outline the objects (--line-width draws lines)"
         raise UserError(f"{annotations[0].file} and the others hold no shapes with an area: {advice}")
     if unknown := [label for label in (*wanted, *ignored) if label not in counts]:
-        raise UserError(f"no shape is labelled {unknown[0]}: choose from {listed}")
+        raise UserError(f"no shape with an area is labelled {unknown[0]}: choose from {listed}")
     if both := set(wanted) & set(ignored):
         raise UserError(f"{both.pop()} is given as --label and as --ignore-label: choose one of them")
     labels = wanted or [label for label in counts if label not in ignored and not is_background(label)]
@@ -223,7 +225,7 @@ def leave_out_unclear(pairs: list[Pair], labels: list[str], ignored: list[str]) 
     if not any(shape.label in labels for annotation, _ in kept for shape in annotation.shapes):
         raise UserError(
             f"{pairs[0][0].file} and the others hold points, lines or boxes beside every outline, so that no photo has "
-            "all its objects outlined: outline these, too, or draw lines with --line-width"
+            "all its objects outlined: outline these, too (--line-width draws lines)"
         )
     return kept
 
@@ -424,7 +426,8 @@ def print_table(annotations: list[Annotation], rows: list[Row], args: argparse.N
         share = areas[label] / sum(row.size for row in rows)
         use = "" if label in args.label else "  void" if label in args.ignore_label else "  not asked for"
         if covered[label]:
-            use += f", covers {covered[label] / sum(areas[wanted] for wanted in args.label):.1%} of the object"
+            share_of_object = covered[label] / sum(areas[wanted] for wanted in args.label)
+            use += f", covers {100 * share_of_object:.1f} % of the object"
         print(f"{label:{width}}  {showing:6}  {count:7}  {100 * share:5.1f} %{use}")
     if empty := sum(not row.has_object for row in rows):
         fate = "left out" if args.skip_empty else "with an empty mask; --skip-empty leaves them out"
