@@ -70,7 +70,7 @@ class Photos:
         if found and own:
             raise UserError(
                 f"{file} names {found} as its photo, but {own} has the file's own name: correct its imagePath, or "
-                "remove the photo that it does not show"
+                "move the photo away that it does not show"
             )
         if not (found or own or annotation.embedded):
             name = PureWindowsPath(annotation.photo).name or file.stem
