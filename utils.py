@@ -203,7 +203,7 @@ def check_accuracy(
     Args:
         image_losses: train.py's, logits and masks (N, 1, H, W) -> (N,).
         show: called with every batch's logits, float32 (N, 1, H, W) on the device, and with each image's Dice, (N,).
-        show_size: (height, width) to which these logits are reduced.
+        show_size: (height, width) to which these logits are reduced, with crops; else None.
     """
     was_training = model.training
     model.eval()
@@ -230,7 +230,7 @@ def check_accuracy(
     model.train(was_training)
 
     tp, fp, fn, tn = torch.cat(counts).cpu().double().T
-    warn_of_one_class(tp, fp, fn, tn, is_of_crops=isinstance(loader.dataset.size, float))
+    warn_of_one_class(tp, fp, fn, tn, is_of_crops=show_size is not None)
     scores = {"val_loss": torch.cat(losses).cpu().double()} | image_scores(tp, fp, fn, tn)
     return {name: score.mean().item() for name, score in scores.items()}, scores["dice"].tolist()
 
