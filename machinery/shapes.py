@@ -36,6 +36,16 @@ def ellipse_ring(x: float, y: float, radius_x: float, radius_y: float) -> np.nda
     return ring_of(np.stack((x + radius_x * np.cos(angles), y + radius_y * np.sin(angles)), 1))
 
 
+def line_rings(corners: np.ndarray, width: float) -> list[np.ndarray]:
+    """Return rings whose union is a line through the corners, so many pixels wide, with round joints and ends."""
+    starts, ends = corners[:-1], corners[1:]
+    along = ends - starts
+    across = np.stack((-along[:, 1], along[:, 0]), 1)
+    across *= width / 2 / np.maximum(np.hypot(*across.T), 1e-9)[:, None]
+    sides = np.stack((starts + across, ends + across, ends - across, starts - across), 1)
+    return [*sides, *(ellipse_ring(x, y, width / 2, width / 2) for x, y in corners)]
+
+
 def turned(ring: np.ndarray, degrees: float) -> np.ndarray:
     """Turn a ring clockwise around its centre. Raises ValueError for what is no angle."""
     if not abs(degrees) < FAR:
@@ -141,15 +151,19 @@ def rle_encode(mask: np.ndarray) -> str:
 def rle_decode(runs: str, size: tuple[int, int], order: str = "C") -> np.ndarray:
     """Return the mask of Kaggle's runs, as rle_encode writes them: bool (H, W).
 
-    Raises ValueError for what is no pairs of start and length, and for runs that do not fit `size`, (height, width).
+    Raises ValueError for what is no pairs of start and length, for runs that do not fit `size`, (height, width), and
+    for runs that overlap or go back, as those do whose starts count from the end of the run before.
     """
-    numbers = np.array(runs.split(), np.int64)
-    if len(numbers) % 2:
-        raise ValueError("its runs are not pairs of start and length")
-    starts, lengths = numbers[::2] - 1, numbers[1::2]
+    try:
+        starts, lengths = np.array(runs.split(), np.int64).reshape(-1, 2).T
+    except (ValueError, OverflowError) as error:
+        raise ValueError("its runs are not pairs of start and length") from error
+    starts = starts - 1
     mask = np.zeros(size[0] * size[1], bool)
     if (starts < 0).any() or (lengths < 1).any() or (lengths > len(mask) - starts).any():
         raise ValueError(f"its runs do not fit {size[1]} x {size[0]} pixels")
+    if (starts[1:] < (starts + lengths)[:-1]).any():
+        raise ValueError("its runs overlap or go back; starts must count from the photo's first pixel, in rising order")
     for start, length in zip(starts, lengths, strict=True):
         mask[start : start + length] = True
     return mask.reshape(size, order=order)

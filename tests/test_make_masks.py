@@ -9,6 +9,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -294,7 +295,6 @@ def test_parts_are_united_holes_stay_holes_and_crowds_count():
     write("photos/coco.json", coco_file(
         {"segmentation": [flat(slit), flat(other), [1, 2]]},
         {"segmentation": {"counts": counts, "size": list(SIZE)}, "iscrowd": 1},
-        {"segmentation": []},  # a box only
     ))  # fmt: skip
     make("photos")
     assert np.array_equal(mask_of("a") > 0, (inside(ring) & ~inside(hole)) | inside(other) | crowd)
@@ -311,7 +311,7 @@ def test_compressed_run_lengths_are_exact():
         assert np.array_equal(mask_of("a") > 0, mask)
 
 
-def test_all_shapes_of_labelme(capsys):
+def test_all_shapes_of_labelme():
     photo("photos/a.jpg")
     disc = np.zeros((31, 41), np.uint8)
     disc[5:20, 3:30] = 1
@@ -323,9 +323,6 @@ def test_all_shapes_of_labelme(capsys):
         {"shape_type": "mask", "points": [[370, 280], [410, 310]], "mask": base64.b64encode(png.getvalue()).decode()},
         {"shape_type": "oriented_rectangle", "points": [[100, 200], [120, 220], [110, 230], [90, 210]]},
         {"shape_type": None, "points": [[380, -20], [450, 20], [380, 40]]},  # leaves the photo
-        {"shape_type": "point", "points": [[1, 1]]},
-        {"shape_type": "linestrip", "points": [[1, 1], [200, 290], [399, 5]]},
-        {"shape_type": "polygon", "points": [[1, 1], [200, 290]]},
     ]
     write("photos/a.json", labelme_file(shapes))
     make("photos")
@@ -335,7 +332,6 @@ def test_all_shapes_of_labelme(capsys):
     wanted[280:300, 370:400] |= disc[:20, :30] > 0
     wanted |= inside(shapes[3]["points"]) | inside(shapes[4]["points"])
     assert np.array_equal(mask_of("a") > 0, wanted)
-    assert "without an area (points, lines, boxes of COCO and YOLO): 3" in capsys.readouterr().out
 
 
 def test_all_shapes_of_cvat():
@@ -346,9 +342,7 @@ def test_all_shapes_of_cvat():
         cvat_file(f"""
         <mask label="car" rle="{counts}" left="390" top="88" width="13" height="15"></mask>
         <box label="car" xtl="100" ytl="200" xbr="140" ybr="220" rotation="90.0"></box>
-        <ellipse label="car" cx="200" cy="100" rx="50" ry="20" rotation="30"></ellipse>
-        <polyline label="car" points="0,0;300,300"></polyline>
-        <points label="car" points="574.90,939.48"></points>"""),
+        <ellipse label="car" cx="200" cy="100" rx="50" ry="20" rotation="30"></ellipse>"""),
     )  # fmt: skip; the mask is the documentation's
     make("photos")
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]] + 0.5
@@ -382,7 +376,7 @@ def test_yolo_in_the_usual_folders_with_and_without_names(names, capsys):
     assert np.array_equal(mask_of("a", "out") > 0, inside(VAN)) and mask_of("a-2", "out").shape == (100, 400)
     out = capsys.readouterr().out
     assert re.search(rf"^{'van' if names else '1'} +2 +2 ", out, re.MULTILINE) and "Photos without an object: 2" in out
-    assert "Shapes without an area (points, lines, boxes of COCO and YOLO): 2" in out
+    assert "no area" not in out  # boxes of a label that is not asked for
 
 
 @pytest.mark.parametrize(("names", "label"), [
@@ -412,6 +406,56 @@ def test_a_broken_yaml_with_names_is_named_and_others_are_passed_over(content, r
     make("photos", "--output-dir", "out")
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_runs_that_count_from_the_end_of_the_run_before_are_refused(relative):
+    photo("photos/a.jpg")
+    runs = np.array(rle_encode(inside(CAR).T).split(), int).reshape(-1, 2)
+    if relative:  # as in SIIM's table of pneumothoraces
+        runs[1:, 0] -= runs[:-1].sum(1)
+    write("photos/train.csv", f"ImageId, EncodedPixels\na,{' '.join(map(str, runs.ravel()))}\n")
+    if relative:
+        assert "photos/train.csv: line 2 cannot be read (its runs overlap or go back" in error_of("photos")
+    else:
+        make("photos")
+        assert np.array_equal(mask_of("a", "masks_of_object") > 0, inside(CAR))
+
+
+@pytest.mark.parametrize(("runs", "reason"), [
+    ("1 5 3 5", "overlap"), ("9 2 1 2", "go back"), ("1 5 9", "pairs"), ("1 five", "pairs"), ("[0, 5]", "pairs"),
+])  # fmt: skip
+def test_runs_that_no_encoder_writes_are_named(runs, reason):
+    photo("photos/a.jpg")
+    write("photos/masks.csv", f'img,rle_mask\na.jpg,"{runs}"\n')
+    message = error_of("photos")
+    assert "photos/masks.csv: line 2" in message and reason in message and "literal" not in message
+
+
+def test_runs_that_touch_are_two_parts_of_one():
+    photo("photos/a.jpg")
+    write("photos/masks.csv", "img,rle_mask\na.jpg,1 5 6 5\n")
+    make("photos", "--output-dir", "out")
+    assert (mask_of("a", "out").ravel() > 0).nonzero()[0].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(("head", "name", "label"), [
+    ("ImageId_ClassId,EncodedPixels", "a.jpg_1", "1"),  # steel
+    ("Image_Label,EncodedPixels", "a.jpg_Fish", "Fish"),  # clouds
+    ("Image_Label,EncodedPixels", "a_big_Fish", "Fish"),  # of a_big.jpg
+    ("Image_Label,EncodedPixels", "a.jpg_big_Fish", "big_Fish"),
+    ("ImageId_ClassId,ImageId,ClassId,EncodedPixels", "a.jpg_1,a.jpg,1", "1"),  # as notebooks add them
+    ("ClassId,ImageId,EncodedPixels", "1,a.jpg", "1"),
+    ("ImageId,ClassId,EncodedPixels", "a.jpg,1", "1"),
+    ("id,class,rle", "a,car", "car"),
+])  # fmt: skip
+def test_the_photo_and_its_label_in_one_column_or_in_two(head, name, label):
+    file = "a_big" if name.startswith("a_big") else "a"
+    photo(f"photos/{file}.jpg")
+    empty = name.replace(label, "other")
+    write("photos/train.csv", f"{head}\n{empty},\n{name},{rle_encode(inside(CAR).T)}\n")
+    make("photos", "--label", label, "--output-dir", "out")
+    assert np.array_equal(mask_of(file, "out") > 0, inside(CAR))
+
+
 def test_tables_of_other_challenges_count_down_the_columns():
     photo("photos/a.jpg")
     photo("photos/b.jpg")
@@ -424,7 +468,285 @@ def test_tables_of_other_challenges_count_down_the_columns():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Shapes without an area
+
+LINE = [(30.5, 40.5), (200, 250), (200, 250), (370, 100.25)]  # with a corner that is there twice
+POLYLINE = '<polyline label="car" points="{}" z_order="0"></polyline>'.format(";".join(f"{x},{y}" for x, y in LINE))
+POINTS = '<points label="car" points="20,20;30,30" z_order="0"></points>'
+CAR_XML = cvat_polygon("car", CAR)
+WITHOUT_AREA = {  # the file of a.jpg, which has an outlined car and one that is not outlined
+    "a point": ("a.json", labelme_file([{"points": CAR}, {"shape_type": "point", "points": VAN[:1]}])),
+    "a line": ("a.json", labelme_file([{"points": CAR}, {"shape_type": "line", "points": LINE[:2]}])),
+    "a linestrip": ("a.json", labelme_file([{"points": CAR}, {"shape_type": "linestrip", "points": LINE}])),
+    "a polygon of two corners": ("a.json", labelme_file([{"points": CAR}, {"points": LINE[:2]}])),
+    "a polyline of CVAT": ("a.xml", cvat_file(CAR_XML + POLYLINE)),
+    "points of CVAT": ("a.xml", cvat_file(CAR_XML + POINTS)),
+    "a box of COCO": ("coco.json", coco_file({"segmentation": [flat(CAR)]}, {"segmentation": []})),
+    "a box of COCO without a segmentation": ("coco.json", coco_file({"segmentation": [flat(CAR)]}, {})),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_AREA)
+def test_a_photo_with_an_object_that_has_no_area_is_left_out(kind, capsys):
+    for name in "ab":
+        photo(f"photos/{name}.jpg")
+    write(f"photos/{WITHOUT_AREA[kind][0]}", WITHOUT_AREA[kind][1])
+    assert "photos/" in (message := error_of("photos")) and "no photo has all its objects outlined" in message
+    write("photos/b.json", labelme_file([{"points": VAN}], "b.jpg"))
+    make("photos")
+    assert [path.name for path in Path("masks_of_car/images").iterdir()] == ["b.jpg"]
+    out = capsys.readouterr().out
+    assert "have no area (points, lines, or boxes of COCO and YOLO): 1, left out" in out and "mentions" not in out
+
+
+def test_boxes_of_yolo_beside_outlines_leave_their_photos_out(capsys):
+    for name in "abcd":
+        photo(f"photos/{name}.jpg")
+    for name, rows in {"a": yolo_row(0, CAR) + "\n0 0.5 0.5 0.2 0.2", "b": "0 0.5 0.5 0.2 0.2", "d": ""}.items():
+        write(f"photos/{name}.txt", rows)
+    write("photos/c.txt", yolo_row(0, CAR) + "\n1 0.5 0.5 0.2 0.2")  # the box is of another label
+    make("photos", "--label", "0", "--output-dir", "out")
+    assert sorted(path.name for path in Path("out/images").iterdir()) == ["c.jpg", "d.jpg"]
+    assert np.array_equal(mask_of("c", "out") > 0, inside(CAR))
+    assert "YOLO): 2, left out" in capsys.readouterr().out
+
+
+def test_void_without_an_area_leaves_its_photo_out():
+    for name in "ab":
+        photo(f"photos/{name}.jpg")
+        shapes = [{"points": CAR}, {"label": "void", "points": VAN}]
+        shapes += [{"label": "void", "shape_type": "point", "points": VAN[:1]}] if name == "a" else []
+        write(f"photos/{name}.json", labelme_file(shapes, f"{name}.jpg"))
+    make("photos", "--ignore-label", "void")
+    assert [path.name for path in Path("masks_of_car/images").iterdir()] == ["b.jpg"]
+
+
+@pytest.mark.parametrize("width", [1, 4, 15])
+@pytest.mark.parametrize("kind", ["a line", "a linestrip", "a polyline of CVAT"])
+def test_lines_are_drawn_as_wide_as_asked(kind, width):
+    photo("photos/a.jpg")
+    write(f"photos/{WITHOUT_AREA[kind][0]}", WITHOUT_AREA[kind][1])
+    make("photos", "--line-width", width)
+    corners = np.array(LINE[:2] if kind == "a line" else LINE, float)
+    centres = np.stack(np.mgrid[: SIZE[0], : SIZE[1]][::-1], -1) + 0.5
+    distance = np.full(SIZE, np.inf)
+    for start, end in pairwise(corners):
+        along = end - start
+        share = np.clip((centres - start) @ along / max(along @ along, 1), 0, 1)
+        distance = np.minimum(distance, np.linalg.norm(centres - start - share[..., None] * along, axis=-1))
+    wanted = (distance < width / 2) | inside(CAR)
+    assert ((mask_of("a") > 0) != wanted).sum() <= 2  # a round end has 720 corners
+
+
+def test_lines_alone_are_drawn_and_points_never(capsys):
+    photo("photos/a.jpg")
+    write("photos/a.json", labelme_file([{"label": "crack", "shape_type": "linestrip", "points": LINE}]))
+    assert "photos/a.json" in (message := error_of("photos")) and "--line-width" in message
+    assert "--line-width 0: give a width of 1 pixel or more" in error_of("photos", "--line-width", 0)
+    make("photos", "--line-width", 3)
+    assert mask_of("a", "masks_of_crack").any()
+    write("photos/a.json", WITHOUT_AREA["a point"][1])
+    assert "photos/a.json" in error_of("photos", "--line-width", 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes that overlap
+
+BODY, WHEEL = [(50, 50), (350, 50), (350, 250), (50, 250)], [(100, 100), (200, 100), (200, 300), (100, 300)]
+
+
+def ordered_file(tool: str, *shapes: tuple[str, list]) -> None:
+    """Write labels and rings, of which the last lies on top; CVAT's file is in another order."""
+    if tool == "labelme":
+        write("photos/a.json", labelme_file([{"label": label, "points": ring} for label, ring in shapes]))
+    else:
+        lines = [cvat_polygon(*shape).replace('z_order="0"', f'z_order="{z - 1}"') for z, shape in enumerate(shapes)]
+        write("photos/a.xml", cvat_file("".join(reversed(lines))))
+
+
+@pytest.mark.parametrize("tool", ["labelme", "cvat"])
+def test_the_shape_on_top_covers_those_below(tool, capsys):
+    photo("photos/a.jpg")
+    ordered_file(tool, ("car", BODY), ("wheel", WHEEL))
+    make("photos", "--label", "car")
+    assert np.array_equal(mask_of("a") > 0, inside(BODY) & ~inside(WHEEL))
+    assert re.search(
+        "^wheel .* 16.7 %  not asked for, covers 25.0 % of the object", capsys.readouterr().out, re.MULTILINE
+    )
+    make("photos", "--label", "car", "--label", "wheel", "--output-dir", "out")
+    assert np.array_equal(mask_of("a", "out") > 0, inside(BODY) | inside(WHEEL))
+    ordered_file(tool, ("wheel", WHEEL), ("car", BODY))
+    make("photos", "--label", "car")
+    assert np.array_equal(mask_of("a") > 0, inside(BODY)) and "covers" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool", ["labelme", "cvat"])
+@pytest.mark.parametrize("label", ["_background_", "background", "Background"])
+def test_background_cuts_holes_and_is_no_object(tool, label):
+    photo("photos/a.jpg")
+    ordered_file(tool, (label, BODY), ("car", BODY), (label, WHEEL), ("car", VAN))
+    make("photos")
+    assert np.array_equal(mask_of("a") > 0, (inside(BODY) & ~inside(WHEEL)) | inside(VAN))
+    make("photos", "--label", label, "--output-dir", "out")  # who asks for it gets it
+    assert np.array_equal(mask_of("a", "out") > 0, inside(BODY) & inside(WHEEL) | inside(WHEEL) & ~inside(VAN))
+    ordered_file(tool, (label, BODY))
+    assert "every label is ignored or background" in error_of("photos")
+
+
+@pytest.mark.parametrize("tool", ["labelme", "cvat"])
+def test_void_lies_on_top_wherever_it_is_in_the_order(tool):
+    photo("photos/a.jpg")
+    for shapes in ([("car", BODY), ("void", WHEEL), ("van", VAN)], [("void", WHEEL), ("car", BODY), ("van", VAN)]):
+        ordered_file(tool, *shapes)
+        make("photos", "--label", "car", "--ignore-label", "void")
+        assert np.array_equal(mask_of("a"), np.where(inside(WHEEL), 255, inside(BODY) & ~inside(VAN)))
+
+
+def test_formats_without_an_order_unite_what_overlaps_and_background_cuts_there_too():
+    photo("photos/a.jpg")
+    write("photos/data.yaml", "names: [car, wheel]")
+    write("photos/a.txt", yolo_row(0, BODY) + "\n" + yolo_row(1, WHEEL))
+    make("photos", "--label", "car")
+    assert np.array_equal(mask_of("a") > 0, inside(BODY))
+    Path("photos/a.txt").unlink()
+    content = coco_file(*({"segmentation": [flat(ring)], "category_id": n} for n, ring in ((3, BODY), (9, WHEEL))))
+    write("photos/coco.json", content)
+    make("photos", "--label", "car")
+    assert np.array_equal(mask_of("a") > 0, inside(BODY))
+    content["categories"][1]["name"] = "_background_"
+    write("photos/coco.json", content)
+    make("photos")
+    assert np.array_equal(mask_of("a") > 0, inside(BODY) & ~inside(WHEEL))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COCO as other tools write it
+
+
+def ids_as_text(content: dict) -> None:
+    for entry in content["annotations"]:
+        entry["image_id"], entry["category_id"] = str(entry["image_id"]), float(entry["category_id"])
+
+
+def a_flat_ring(content: dict) -> None:
+    content["annotations"][0]["segmentation"] = flat(CAR)
+
+
+def pairs(content: dict) -> None:
+    content["annotations"][0]["segmentation"] = [list(corner) for corner in CAR]
+
+
+def rings_of_pairs(content: dict) -> None:
+    content["annotations"][0]["segmentation"] = [[list(corner) for corner in CAR]]
+
+
+def two_ids(content: dict) -> None:
+    content["images"].append(content["images"][0] | {"id": "b"})
+    content["annotations"].append(content["annotations"][0] | {"id": 5, "image_id": "b", "segmentation": [flat(VAN)]})
+
+
+def unknown_size(content: dict) -> None:
+    content["images"][0] |= {"height": None, "width": None}
+
+
+@pytest.mark.parametrize("change", [ids_as_text, a_flat_ring, pairs, rings_of_pairs, two_ids, unknown_size])
+def test_coco_of_other_tools(change):
+    photo("photos/a.jpg")
+    content = coco_file({"segmentation": [flat(CAR)]})
+    change(content)
+    write("photos/coco.json", content)
+    make("photos")
+    assert np.array_equal(mask_of("a") > 0, inside(CAR) | (inside(VAN) if change is two_ids else False))
+    assert len(list(Path("masks_of_car/masks").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("categories", "label"), [(None, "3"), ([], "3"), ("no key", "3"), ("no ids", "object")])
+def test_coco_without_categories_has_their_numbers_or_objects(categories, label):
+    photo("photos/a.jpg")
+    content = coco_file({"segmentation": [flat(CAR)]}) | {"categories": categories}
+    if isinstance(categories, str):
+        del content["categories"]
+    if categories == "no ids":
+        del content["annotations"][0]["category_id"]
+    write("photos/coco.json", content)
+    make("photos")
+    assert np.array_equal(mask_of("a", f"masks_of_{label}") > 0, inside(CAR))
+
+
+@pytest.mark.parametrize("name", [
+    "my%20photo%20%C3%A4.jpg", "https://x.org/up/my%20photo%20%C3%A4.jpg?v=12&size=9", "/data/?d=my photo ä.jpg",
+    "/data/local-files/?d=photos%5Cmy%20photo%20ä.jpg", "my photo ä.jpg",
+])  # fmt: skip
+def test_names_as_web_addresses_give_them_find_the_photo(name):
+    photo("photos/my photo ä.jpg")
+    photo("photos/12.jpg")
+    content = coco_file({"segmentation": [flat(CAR)]})
+    content["images"][0]["file_name"] = name
+    write("coco.json", content)
+    make("coco.json", "photos")
+    assert np.array_equal(mask_of("my photo ä") > 0, inside(CAR))
+
+
+def test_a_photo_whose_name_has_such_signs_is_found_first():
+    photo("photos/a%20b.jpg")
+    photo("photos/a b.jpg", (30, 40))
+    content = coco_file({"segmentation": [flat(CAR)]})
+    content["images"][0]["file_name"] = "a%20b.jpg"
+    write("photos/coco.json", content)
+    make("photos")
+    assert np.array_equal(mask_of("a%20b") > 0, inside(CAR))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Photos
+
+
+@pytest.mark.parametrize("name", ["IMG_1.jpg", "C:\\old\\IMG_1.jpg", "site.bmp", "", None])
+@pytest.mark.parametrize("has_data", [False, True])
+def test_a_photo_that_was_renamed_with_its_file_is_found_by_the_files_name(name, has_data):
+    photo("photos/site.jpg")
+    photo("x.jpg")
+    data = base64.b64encode(Path("x.jpg").read_bytes()).decode() if has_data else None
+    write("photos/site.json", labelme_file([{"points": CAR}], name, imageData=data))
+    make("photos")
+    assert np.array_equal(mask_of("site") > 0, inside(CAR))
+    assert Path("masks_of_car/images/site.jpg").samefile("photos/site.jpg")
+
+
+@pytest.mark.parametrize(("labels", "named"), [("photos", "1.jpg"), ("labels", "../photos/1.jpg"), ("labels", "1.jpg")])
+def test_a_file_that_names_the_photo_of_another_stops(labels, named):
+    for number in (1, 2):
+        photo(f"photos/{number}.jpg")
+    write(f"{labels}/2.json", labelme_file([{"points": CAR}], named))
+    message = error_of(labels, "photos")
+    assert f"{labels}/2.json names " in message and "photos/1.jpg" in message and "photos/2.jpg" in message
+
+
+def test_files_that_are_named_otherwise_than_any_photo_are_right():
+    photo("photos/a.jpg")
+    photo("photos/a.png")
+    photo("photos/b.jpg")
+    write("labels/first.json", labelme_file([{"points": CAR}], "../photos/b.jpg"))
+    write("photos/a.json", labelme_file([{"points": VAN}], "a.jpg"))  # a.png has the same stem
+    write("photos/a.png.json", labelme_file([{"points": CAR}], "a.png"))
+    make("labels", "photos")
+    assert np.array_equal(mask_of("b") > 0, inside(CAR))
+    assert np.array_equal(mask_of("a") > 0, inside(VAN)) and np.array_equal(mask_of("a-2") > 0, inside(CAR))
+
+
+@pytest.mark.parametrize("kind", ["gtFine_labelIds", "gtCoarse_labelIds", "gtFine_labelTrainIds", "gtFine"])
+def test_cityscapes_in_its_own_folders(kind):
+    stem = "aachen_000000_000019"
+    photo(f"leftImg8bit/train/aachen/{stem}_leftImg8bit.png")
+    Path("gtFine/train/aachen").mkdir(parents=True)
+    for name, values in {kind: 26, "gtFine_instanceIds": 26001}.items():
+        Image.fromarray(np.where(inside(CAR), values, 0).astype(np.uint16 if values > 255 else np.uint8)).save(
+            f"gtFine/train/aachen/{stem}_{name}.png"
+        )
+    photo(f"gtFine/train/aachen/{stem}_gtFine_color.png")
+    write(f"gtFine/train/aachen/{stem}_gtFine_polygons.json", {"imgHeight": 300, "imgWidth": 400, "objects": []})
+    make("gtFine", "leftImg8bit")
+    assert np.array_equal(mask_of(f"{stem}_leftImg8bit", "masks_of_26") > 0, inside(CAR))
 
 
 @pytest.mark.parametrize("name", [
@@ -503,14 +825,85 @@ ODD = {
     "a circle of one point": [{"points": [[1, 2]], "shape_type": "circle"}],
     "a broken mask": [{"points": [[1, 2], [3, 4]], "shape_type": "mask", "mask": "iVBORw0KGgo="}],
     "no mask": [{"points": [[1, 2], [3, 4]], "shape_type": "mask"}],
+    "a mask that is no base64": [{"points": [[1, 2], [3, 4]], "shape_type": "mask", "mask": "x"}],
+    "no label": [{"points": CAR, "label": None}],
+    "points that are null": [{"points": None}],
+    "a point that is null": [{"points": [[1, 2], None, [4, 5]]}],
+    "a coordinate that is null": [{"points": [[1, 2], [3, None], [4, 5]]}],
+    "a mask without points": [{"points": [], "shape_type": "mask", "mask": "iVBORw0KGgo="}],
 }
+PYTHONS = "None|object|index|literal|convert|attribute|argument|subscript|dimension|argument|Error|padding"
 
 
 @pytest.mark.parametrize("odd", ODD)
 def test_an_odd_shape_is_named(odd):
     photo("photos/a.jpg")
     write("photos/a.json", labelme_file([{"points": CAR}, *ODD[odd]]))
-    assert "photos/a.json: shape 2 (car)" in error_of("photos")
+    message = error_of("photos")
+    assert f"photos/a.json: shape 2 ({'no label' if odd == 'no label' else 'car'}) cannot be read (" in message
+    assert not re.search(PYTHONS, message)
+
+
+@pytest.mark.parametrize("content", [
+    labelme_file([]) | {"shapes": [None]}, labelme_file([]) | {"shapes": None}, labelme_file([], size=("x", 3)),
+    coco_file({}) | {"images": None}, coco_file({}) | {"annotations": [None]}, coco_file({"image_id": None}),
+    coco_file({"segmentation": ["x"]}), coco_file({"segmentation": {"counts": None, "size": [300, 400]}}),
+    coco_file({}) | {"categories": [{"id": 3}]}, coco_file({}) | {"categories": [{"id": 3, "name": None}]},
+])  # fmt: skip
+def test_nulls_and_other_kinds_are_named_without_words_of_python(content):
+    photo("photos/a.jpg")
+    write("photos/a.json", content)
+    message = error_of("photos")
+    assert message.startswith("error: photos/a.json") and not re.search(PYTHONS, message)
+
+
+def test_a_file_without_a_photos_name_is_named_with_its_own():
+    write("a.json", labelme_file([{"points": CAR}], None))
+    assert "a.json: its photo a is not there" in error_of("a.json")
+
+
+def test_a_file_in_another_encoding_is_named():
+    photo("photos/a.jpg")
+    Path("photos/a.json").write_bytes(json.dumps(labelme_file([{"points": CAR}])).encode("utf-16"))
+    assert "photos/a.json cannot be read (it is no text in UTF-8)" in error_of("photos")
+
+
+OUTLINE = [[60, 200], [80, 120], [160, 80]]
+OTHER_FORMATS = {  # what other tools export, each in its few typical keys
+    "via.json": {"a.jpg123": {"filename": "a.jpg", "size": 123, "regions": [
+        {"shape_attributes": {"name": "polygon", "all_points_x": [1, 2, 3], "all_points_y": [1, 5, 1]}}]}},
+    "via_project.json": {"_via_settings": {}, "_via_img_metadata": {}, "_via_attributes": {}},
+    "via.csv": "filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,region_attributes\n",
+    "a.jpg.json": {"description": "", "tags": [], "size": {"height": 300, "width": 400}, "objects": [
+        {"classTitle": "car", "geometryType": "polygon", "points": {"exterior": OUTLINE, "interior": []}}]},
+    "datumaro.json": {"info": {}, "categories": {"label": {"labels": [{"name": "car"}]}}, "items": [{"id": "a"}]},
+    "isat.json": {"info": {"description": "ISAT", "name": "a.jpg"}, "objects": [{"segmentation": OUTLINE}]},
+    "sa_1.json": {"image": {"file_name": "a.jpg"}, "annotations": [{"segmentation": {"size": [300, 400]}}]},
+    "voc.xml": "<annotation><filename>a.jpg</filename><object><name>car</name><bndbox/></object></annotation>",
+    "label_studio.json": [{"id": 1, "data": {"image": "a.jpg"}, "annotations": [{"result": []}]}],
+    "dota.txt": "imagesource:GoogleEarth\ngsd:0.1\n1 2 3 4 5 6 7 8 car 0\n",
+    "sartorius.csv": "id,annotation,width,height,cell_type\na,1 5,400,300,cort\n",
+    "commas.txt": "0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6\n",
+    "export.zip": "PK\x03\x04",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_other_formats_end_with_what_is_read_and_where_to_find_it(name):
+    photo("photos/a.jpg")
+    write(f"photos/{name}", OTHER_FORMATS[name])
+    write("photos/data.yaml", "names: [car]")
+    message = error_of("photos")
+    assert f"photos/{name} holds no annotations that are read: export COCO" in message and "unpack" in message
+
+
+def test_colour_masks_and_masks_of_a_brush_end_with_that_sentence_too():
+    photo("photos/a.jpg")
+    Path("masks").mkdir()
+    Image.fromarray(np.where(inside(CAR)[..., None], [200, 0, 0], [0, 90, 0]).astype(np.uint8)).save("masks/a.png")
+    assert "save colour masks as label images of one channel" in error_of("masks", "photos")
+    Image.fromarray(np.where(inside(CAR), 255, 0).astype(np.uint8)).save("masks/task-1-annotation-2-by-1-tag-car-0.png")
+    assert "export COCO" in error_of("masks", "photos")
 
 
 def test_other_files_are_passed_over_and_none_is_an_error(capsys):
@@ -638,7 +1031,7 @@ def test_labels_are_united_and_empty_photos_left_out(capsys):
         photo(f"photos/{name}.jpg")
     write(
         "photos/a.json",
-        labelme_file([{"points": CAR}, {"label": "van", "points": VAN}, {"label": "tree", "points": VAN}]),
+        labelme_file([{"label": "tree", "points": VAN}, {"points": CAR}, {"label": "van", "points": VAN}]),
     )
     write("photos/b.json", labelme_file([], "b.jpg"))
     make("photos", "--label", "car", "--label", "van")
@@ -774,6 +1167,11 @@ def test_sizes_that_are_floats_and_two_images_of_one_id():
     np.testing.assert_array_equal(mask_of("a") > 0, inside(CAR))
     write("photos/instances.json", content | {"images": content["images"] * 2})
     assert "image 7 cannot be read (there are two of this id)" in error_of("photos")
+    write(
+        "photos/instances.json",
+        content | {"images": [content["images"][0], content["images"][0] | {"id": 8, "width": 9}]},
+    )
+    assert "photos/instances.json cannot be read (a.jpg has two sizes in it)" in error_of("photos")
 
 
 def test_labels_that_are_both_or_all_ignored():

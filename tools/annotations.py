@@ -4,6 +4,7 @@ A new format is a function from a file to Annotations, and two lines in read_fil
 """
 
 import base64
+import binascii
 import csv
 import io
 import json
@@ -38,7 +39,8 @@ class Shape:
 
     label: str
     draw: Callable[[tuple[int, int]], np.ndarray] | None
-    place: str = "a shape"  # in the file, for messages
+    place: str  # in the file, for messages
+    line: np.ndarray | None = None  # (n, 2), the corners of a line, which has no area without a width
 
 
 @dataclass
@@ -46,14 +48,18 @@ class Annotation:
     """What a file says of a photo."""
 
     file: Path
-    photo: str  # its name or path as the file gives it, or its stem
+    photo: str  # its name or path as the file gives it, or its stem, or nothing
     size: tuple[int, int] | None  # (height, width) of the photo as the tool took it, where the file says so
-    shapes: list[Shape] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)  # from the lowest to the one on top, where there is an order
+    has_order: bool = False  # a shape covers those before it, whatever their labels
+    has_photos_name: bool = False  # the tool gives the file the photo's name
     embedded: Callable[[], bytes] | None = None  # the photo, where the file holds it
     is_prediction: bool = False  # of predict.py, which nobody has saved since
 
-    def add(self, label: object, draw: Callable | None, place: str) -> None:
-        self.shapes.append(Shape(" ".join(str(label).split()), draw, place))
+    def add(self, label: object, draw: Callable | None, place: str, line: np.ndarray | None = None) -> None:
+        if label is None:
+            raise ValueError("its label is missing")
+        self.shapes.append(Shape(" ".join(str(label).split()), draw, place, line))
 
 
 @contextmanager
@@ -62,13 +68,35 @@ def reading(what: object) -> Iterator[None]:
     try:
         yield
     except STUMBLES as error:
-        if isinstance(error, KeyError):
-            reason = f"{error} is missing"
-        elif isinstance(error, yaml.MarkedYAMLError):
-            reason = f"{error.problem} in line {error.problem_mark.line + 1}"
-        else:
-            reason = str(error).splitlines()[0]
-        raise UserError(f"{what} cannot be read ({reason}): export it again, or remove it") from error
+        raise UserError(f"{what} cannot be read ({reason_of(error)}): export it again, or remove it") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a file cannot be read. Where Python's own words would say it, they are replaced."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"{error.problem} in line {error.problem_mark.line + 1}"
+    if isinstance(error, UnicodeError):
+        return "it is no text in UTF-8"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no picture"
+    if isinstance(error, (ArithmeticError, AttributeError, IndexError, RecursionError, TypeError, binascii.Error)):
+        return "a value is missing, or of another kind than it should be"
+    return str(error).splitlines()[0]
+
+
+def number(value: object, kind: type = int) -> int | float:
+    """Return a number that a file holds, perhaps as text. Raises ValueError for anything else."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{value} is no {'whole ' if kind is int else ''}number") from error
+
+
+def size_of(height: object, width: object) -> tuple[int, int] | None:
+    """Return the size that a file gives its photo, or None where it gives none."""
+    return (number(height), number(width)) if height and width else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,11 +125,11 @@ def placed(part: Callable, own_size: tuple[int, int], left: int, top: int, size:
 
 def placed_png(png: str, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
     """Return a photo's mask with the one that LabelMe keeps in base64 at its place."""
-    content = base64.b64decode(png)
     try:
+        content = base64.b64decode(png)
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             own_size = image.size[::-1]
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, binascii.Error) as error:
         raise ValueError("its mask is no PNG") from error
     return placed(partial(decode_png, content), own_size, left, top, size)
 
@@ -136,7 +164,7 @@ def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
             content = json.loads(file.read_text("utf-8-sig"))
             if isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys():
                 return [labelme(file, content)]
-            if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
+            if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
                 return coco(file, content)
         elif head.startswith((b"<?xml", b"<annotations")) or file.suffix.lower() == ".xml":
             root = ElementTree.parse(file).getroot()
@@ -154,51 +182,83 @@ def labelme(file: Path, content: dict) -> Annotation:
 
     https://github.com/wkentaro/labelme/blob/main/labelme/_label_file.py
     """
-    height, width = content.get("imageHeight"), content.get("imageWidth")
-    annotation = Annotation(file, content["imagePath"], (int(height), int(width)) if height and width else None)
+    size = size_of(content.get("imageHeight"), content.get("imageWidth"))
+    annotation = Annotation(file, content["imagePath"] or "", size, has_order=True, has_photos_name=True)
     annotation.is_prediction = is_untouched(content)
     if content.get("imageData"):
         annotation.embedded = lambda: base64.b64decode(json.loads(file.read_text("utf-8-sig"))["imageData"])
-    for number, shape in enumerate(content["shapes"], 1):
-        place = f"shape {number} ({shape.get('label')})"
+    for count, shape in enumerate(content["shapes"], 1):
+        place = f"shape {count} ({shape.get('label') or 'no label'})"
         with reading(f"{file}: {place}"):
-            kind, ring, draw = shape.get("shape_type") or "polygon", ring_of(shape["points"]), None
-            if kind == "mask":
-                draw = partial(placed_png, shape["mask"], *ring[0].astype(int).tolist())
-            elif kind == "circle":
-                radius = np.hypot(*(ring[1] - ring[0]))
-                draw = partial(polygon_mask, [ellipse_ring(*ring[0], radius, radius)])
-            elif kind == "rectangle" and len(ring) == 2:
-                draw = partial(polygon_mask, [box_ring(ring)])
-            elif kind in ("polygon", "rectangle", "oriented_rectangle", "rotation", "quadrilateral") and len(ring) > 2:
-                draw = partial(polygon_mask, [ring])
-            annotation.add(shape["label"], draw, place)
+            kind, ring = shape.get("shape_type") or "polygon", ring_of(shape["points"])
+            line = ring if kind in ("line", "linestrip") else None
+            annotation.add(shape["label"], labelme_shape(kind, ring, shape.get("mask")), place, line)
     return annotation
 
 
+def labelme_shape(kind: str, ring: np.ndarray, png: str | None) -> Callable | None:
+    """Return what draws a shape, or None where it has no area."""
+    if kind == "mask":
+        if not png:
+            raise ValueError("its mask is missing")
+        return partial(placed_png, png, *ring[0].astype(int).tolist())
+    if kind == "circle":
+        if len(ring) < 2:
+            raise ValueError("a circle has two points, its centre and one on its edge")
+        radius = np.hypot(*(ring[1] - ring[0]))
+        return partial(polygon_mask, [ellipse_ring(*ring[0], radius, radius)])
+    if kind == "rectangle" and len(ring) == 2:
+        return partial(polygon_mask, [box_ring(ring)])
+    if kind in ("polygon", "rectangle", "oriented_rectangle", "rotation", "quadrilateral") and len(ring) > 2:
+        return partial(polygon_mask, [ring])
+    return None
+
+
 def coco(file: Path, content: dict) -> list[Annotation]:
-    """Read a file of COCO: https://cocodataset.org/#format-data"""
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    photos: dict[object, Annotation] = {}
+    """Read a file of COCO: https://cocodataset.org/#format-data
+
+    Some tools write ids as text in one place and as numbers in another, and leave out categories where there is one.
+    """
+    names = {id_of(category["id"]): category["name"] for category in content.get("categories") or ()}
+    photos: dict[str, Annotation] = {}
     for image in content["images"]:
-        with reading(f"{file}: image {image.get('id')}"):
-            if image["id"] in photos:
+        with reading(f"{file}: image {image.get('id', 'without an id')}"):
+            if id_of(image["id"]) in photos:
                 raise ValueError("there are two of this id")
-            size = int(image.get("height") or 0), int(image.get("width") or 0)
-            photos[image["id"]] = Annotation(file, str(image["file_name"]), size if all(size) else None)
+            size = size_of(image.get("height"), image.get("width"))
+            photos[id_of(image["id"])] = Annotation(file, str(image["file_name"]), size)
     for entry in content["annotations"]:
-        place = f"annotation {entry.get('id')}"
+        place = f"annotation {entry.get('id', 'without an id')}"
         with reading(f"{file}: {place}"):
-            for key, known, name in (("category_id", names, "category"), ("image_id", photos, "image")):
-                if entry[key] not in known:
-                    raise ValueError(f"there is no {name} {entry[key]}")
-            outline, draw = entry.get("segmentation"), None
-            if isinstance(outline, dict):
-                draw = partial(coco_mask, outline["counts"], outline["size"])
-            elif rings := [ring for ring in map(ring_of, outline or ()) if len(ring) > 2]:
-                draw = partial(polygon_mask, rings)
-            photos[entry["image_id"]].add(names[entry["category_id"]], draw, place)
+            image = id_of(entry["image_id"])
+            if image not in photos:
+                raise ValueError(f"there is no image {image}")
+            label = id_of(entry["category_id"] if names else entry.get("category_id", "object"))
+            if names and label not in names:
+                raise ValueError(f"there is no category {label}")
+            photos[image].add(names.get(label, label), coco_shape(entry.get("segmentation")), place)
     return list(photos.values())
+
+
+def id_of(value: object) -> str:
+    """Return an id, which is a number or a text, as text."""
+    if value is None:
+        raise ValueError("an id is missing")
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def coco_shape(outline: list | dict | None) -> Callable | None:
+    """Return what draws a segmentation: run lengths, rings (x, y, x, y, ...), or a single ring that is in no list.
+
+    Return None for a box, which has none.
+    """
+    if isinstance(outline, dict):
+        return partial(coco_mask, outline["counts"], outline["size"])
+    outline = outline or []
+    if not any(isinstance(part, list) and len(part) > 2 for part in outline):  # numbers, or pairs of them
+        outline = [outline]
+    rings = [ring for ring in map(ring_of, outline) if len(ring) > 2]
+    return partial(polygon_mask, rings) if rings else None
 
 
 def cvat(file: Path, root: ElementTree.Element) -> list[Annotation]:
@@ -208,34 +268,42 @@ def cvat(file: Path, root: ElementTree.Element) -> list[Annotation]:
     annotations = []
     for image in root.iter("image"):
         with reading(f"{file}: image {image.get('name')}"):
-            size = int(image.attrib["height"]), int(image.attrib["width"])
-            annotations.append(Annotation(file, image.attrib["name"], size))
-        for number, shape in enumerate((shape for shape in image if shape.tag != "tag"), 1):
-            place = f"image {image.get('name')}, shape {number} ({shape.get('label')})"
+            size = size_of(image.get("height"), image.get("width"))
+            annotation = Annotation(file, image.attrib["name"], size, has_order=True)
+            shapes = list(enumerate((shape for shape in image if shape.tag != "tag"), 1))
+            shapes.sort(key=lambda item: number(item[1].get("z_order", 0)))
+        for count, shape in shapes:
+            place = f"image {annotation.photo}, shape {count} ({shape.get('label', 'no label')})"
             with reading(f"{file}: {place}"):
-                annotations[-1].add(shape.attrib["label"], cvat_shape(shape.tag, shape.attrib), place)
+                line = cvat_points(shape.attrib) if shape.tag == "polyline" else None
+                annotation.add(shape.attrib["label"], cvat_shape(shape.tag, shape.attrib), place, line)
+        annotations.append(annotation)
     return annotations
 
 
-def cvat_shape(kind: str, shape: dict[str, str]) -> Callable | None:
-    def numbers(*names: str) -> list[float]:
-        return [float(shape[name]) for name in names]
+def cvat_points(shape: dict[str, str]) -> np.ndarray:
+    return ring_of(point.split(",") for point in shape["points"].split(";"))
 
-    rotation = float(shape.get("rotation", 0))
+
+def cvat_shape(kind: str, shape: dict[str, str]) -> Callable | None:
+    """Return what draws a shape, or None where it has no area."""
+
+    def pairs(*names: str) -> np.ndarray:
+        return ring_of([shape[name] for name in names])
+
     if kind == "mask":
-        corners = ring_of(numbers("left", "top", "width", "height"))
-        (left, top), (width, height) = corners.astype(int).tolist()
-        counts = [int(count) for count in shape["rle"].split(",")]
+        (left, top), (width, height) = pairs("left", "top", "width", "height").astype(int).tolist()
+        counts = [number(count) for count in shape["rle"].split(",")]
         return partial(placed, partial(counts_mask, counts), (height, width), left, top)
     if kind == "box":
-        ring = box_ring(numbers("xtl", "ytl", "xbr", "ybr"))
+        ring = box_ring(pairs("xtl", "ytl", "xbr", "ybr"))
     elif kind == "ellipse":
-        ring = ellipse_ring(*numbers("cx", "cy", "rx", "ry"))
+        ring = ellipse_ring(*pairs("cx", "cy", "rx", "ry").ravel())
     elif kind == "polygon":
-        ring = ring_of(point.split(",") for point in shape["points"].split(";"))
+        ring = cvat_points(shape)
     else:
         return None
-    return partial(polygon_mask, [turned(ring, rotation)]) if len(ring) > 2 else None
+    return partial(polygon_mask, [turned(ring, number(shape.get("rotation", 0), float))]) if len(ring) > 2 else None
 
 
 def yolo(file: Path) -> Annotation:
@@ -245,22 +313,22 @@ def yolo(file: Path) -> Annotation:
     """
     annotation = Annotation(file, file.with_suffix("").as_posix(), None)
     names = class_names(file.parent.absolute())
-    for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
+    for count, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
-        place = f"row {number}"
+        place = f"row {count}"
         with reading(f"{file}: {place}"):
             label, *coordinates = line.split()
             label = label.removesuffix(".0")
             if len(coordinates) % 2 or len(coordinates) < 4:
-                raise ValueError(f"{len(coordinates)} coordinates")
-            if names and int(label) not in names:
+                raise ValueError(f"{len(coordinates)} coordinates are no pairs")
+            if names and number(label) not in names:
                 raise ValueError(f"there is no class {label} in the .yaml file")
             ring = ring_of([coordinates])
             if ring.max() > 1.5 or ring.min() < -0.5:
                 raise ValueError("coordinates must be shares of the photo's width and height")
             draw = partial(relative_polygon_mask, ring) if len(ring) > 2 else None
-            annotation.add(names.get(int(label), label), draw, place)
+            annotation.add(names.get(number(label), label), draw, place)
     return annotation
 
 
@@ -294,33 +362,73 @@ def run_length_table(file: Path) -> list[Annotation]:
     photos: dict[str, Annotation] = {}
     with file.open(encoding="utf-8-sig", newline="") as rows:
         table = csv.DictReader(rows)
-        columns = {name.lower(): name for name in table.fieldnames}
-        runs = next(columns[name] for name in columns if re.search("rle|encod|segmentation", name))
-        label = next((columns[name] for name in columns if re.search("class|label", name)), None)
-        order = "C" if {"img", "segmentation"} & columns.keys() else "F"
-        named = (columns[name] for name in columns if name != runs.lower() and re.search("im(g|age)|name|id$", name))
-        name = next(named, table.fieldnames[0])
+        columns = table_columns(table.fieldnames)
         for row in table:
             place = f"line {table.line_num}"
             with reading(f"{file}: {place}"):
-                photo = photos.setdefault(row[name], Annotation(file, row[name], None))
-                if row[runs] is None:
+                name, label = row[columns.photo], row[columns.label] if columns.label else "object"
+                if columns.photo == columns.label:
+                    name, label = photo_and_label(name)
+                photo = photos.setdefault(name, Annotation(file, name, None))
+                if row[columns.runs] is None:
                     raise ValueError("it ends too early")
-                if row[runs].strip() not in ("", "-1", "nan"):
-                    draw = partial(rle_decode, row[runs], order=order)
-                    photo.add(row[label] if label else "object", draw, place)
+                if row[columns.runs].strip() not in ("", "-1", "nan"):
+                    photo.add(label, partial(rle_decode, row[columns.runs], order=columns.order), place)
     return list(photos.values())
 
 
+@dataclass
+class Columns:
+    """Which columns of a table hold what."""
+
+    runs: str
+    photo: str
+    label: str | None  # the photo's again where one column holds both, as "a.jpg_1"
+    order: str  # of the runs: "C" along the rows, "F" down the columns
+
+
+def table_columns(names: list[str]) -> Columns:
+    """Find a table's columns by their names."""
+
+    def matching(pattern: str) -> list[str]:
+        return [name for name in names if re.search(pattern, name, re.IGNORECASE)]
+
+    runs = matching("rle|encod|segmentation")[0]
+    labels = [name for name in matching("class|label") if name != runs]
+    photos = [name for name in matching("im(g|age)|name|id$") if name not in (runs, *labels)]
+    both = [name for name in matching("im(g|age)") if name in labels]  # ImageId_ClassId, Image_Label
+    if both and not photos:
+        photo = label = both[0]
+    else:
+        photo = (photos or names)[0]
+        label = next((name for name in labels if name not in both), None)
+    order = "C" if {"img", "segmentation"} & {name.lower() for name in names} else "F"
+    return Columns(runs, photo, label, order)
+
+
+def photo_and_label(text: str) -> tuple[str, str]:
+    """Split what is a photo's name and a label: a.jpg_1. Raises ValueError for another text."""
+    parts = re.fullmatch(r"(.+\.[a-zA-Z0-9]+|.+)_(.+)", text or "")
+    if not parts:
+        raise ValueError(f"{text} is no photo's name and a label, as in a.jpg_1")
+    return parts[1], parts[2]
+
+
 def label_image(file: Path) -> Annotation | None:
-    """Read an image whose pixels are labels: lossless, of one channel, at most 64 values. Return None for others."""
+    """Read an image whose pixels are labels: lossless, of one channel, at most 64 values. Return None for others.
+
+    It has its photo's name, or that with _mask; or those of Cityscapes, https://github.com/mcordts/cityscapesScripts
+    """
+    name = re.sub(rf"{MASK_SUFFIX}$|_gt(Fine|Coarse)(_label(Train)?Ids)?$", "", file.stem)
+    if re.search(r"_gt(Fine|Coarse)_instance(Train)?Ids$|^task-\d+-annotation-", file.stem):  # the last: Label Studio
+        return None
     with opened(file) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16") or image.format not in ("PNG", "TIFF", "BMP", "GIF"):
             return None
         values, size = np.unique(np.asarray(image)).tolist(), image.size[::-1]
     if len(values) > 64:
         return None
-    annotation = Annotation(file, file.with_name(file.stem.removesuffix(MASK_SUFFIX)).as_posix(), size)
+    annotation = Annotation(file, file.with_name(name).as_posix(), size)
     for value in values:
         if value:
             annotation.add(int(value), partial(label_mask, file, value), f"label {int(value)}")

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path, PureWindowsPath
+from urllib.parse import unquote
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -34,10 +35,12 @@ from machinery.decoding import NUM_THREADS, VOID, Note, holds_void, opened, orie
 from machinery.errors import UserError, run
 from machinery.files import MASK_SUFFIX, SUFFIXES, free_name, is_image, key_of, link_or_copy, nfc, stem_of
 from machinery.settings import Parser
+from machinery.shapes import line_rings, polygon_mask
 from tools.annotations import Annotation, label_image, read_file, reading
 
 BROWSERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers write them (and ._ files) into any folder
 MANIFEST = "make_masks.json"  # in the output folder: what was written, so that nothing else is ever replaced
+Pair = tuple[Annotation, Path | None]  # with its photo; None where only the annotation's file holds it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,8 +54,28 @@ class Photos:
         self.paths: dict[str, list[Path]] = {}
         self.count = sum(not path.stem.endswith(MASK_SUFFIX) for path in paths)
         for path in paths:
-            for name in {path.name, path.stem}:
+            for name in {path.name, path.stem, path.stem.removesuffix("_leftImg8bit")}:  # the last: Cityscapes
                 self.paths.setdefault(key_of(name), []).append(path)
+
+    def photo_of(self, annotation: Annotation) -> Path | None:
+        """Return an annotation's photo, or None where only its file holds it. Raises UserError.
+
+        After photos and files were renamed together, the name in the file is that of no photo, or of another one.
+        """
+        file = annotation.file
+        found = self.find(annotation.photo, file) or self.find(name_in_address(annotation.photo), file)
+        own = None
+        if annotation.has_photos_name and not (found and key_of(file.stem) in (key_of(found.stem), key_of(found.name))):
+            own = self.find(file.stem, file)
+        if found and own:
+            raise UserError(
+                f"{file} names {found} as its photo, but {own} has the file's own name: correct its imagePath, or "
+                "move the photo away that it does not show"
+            )
+        if not (found or own or annotation.embedded):
+            name = PureWindowsPath(annotation.photo).name or file.stem
+            raise UserError(f"{file}: its photo {name} is not there: give the folder that holds it, too")
+        return found or own
 
     def find(self, name: str, file: Path) -> Path | None:
         """Return the photo that a file names: where it says, seen from the file, else of that name among the sources.
@@ -76,6 +99,12 @@ class Photos:
         starts = zip(found.absolute().parts, file.absolute().parts, strict=False)
         is_exact = nfc(wanted.name) in (nfc(found.name), nfc(found.stem))
         return is_exact, count_same(ends), count_same(starts)
+
+
+def name_in_address(address: str) -> str:
+    """Return the photo that a web address names: https://x.org/my%20photo.jpg?v=2, or Label Studio's /data/?d=a.jpg."""
+    path, _, query = unquote(address).partition("?")
+    return path if is_image(PureWindowsPath(path)) else query.removeprefix("d=")
 
 
 def count_same(pairs: Iterable[tuple[str, str]]) -> int:
@@ -118,35 +147,39 @@ def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
         found = {image: label_image(image) for image in progress([file for file in files if file not in others])}
         annotations = [annotation for annotation in found.values() if annotation]
         photos = Photos([image for image in images if not found.get(image)])
+    unknown = [file for file in others if not read[file] and file.suffix.lower() not in (".yaml", ".yml")]
     if not annotations:
-        kinds = "LabelMe, COCO, CVAT for images or YOLO, label images or run-length tables"
-        raise UserError(f"{sources[0]} holds no annotations: give files of {kinds}")
-    if passed_over := [file for file in others if not read[file] and file.suffix.lower() not in (".yaml", ".yml")]:
-        print(f"Passed over, because they are no annotations: {len(passed_over)} files, such as {passed_over[0]}")
+        raise UserError(
+            f"{(*unknown, *sources)[0]} holds no annotations that are read: export COCO, LabelMe, CVAT for images 1.1 "
+            "or YOLO segmentation from your tool, unpack archives, and save colour masks as label images of one "
+            "channel (docs/annotation.md lists the formats)"
+        )
+    if unknown:
+        print(f"Passed over, because they are no annotations: {len(unknown)} files, such as {unknown[0]}")
     return annotations, photos
 
 
-def match(annotations: list[Annotation], photos: Photos) -> list[Path | None]:
-    """Return the photo of each, None where its file holds it.
+def match(annotations: list[Annotation], photos: Photos) -> list[Pair]:
+    """Pair annotations with their photos.
 
-    Raises UserError for one that is missing, or annotated twice.
+    What one file says of a photo in several places, as COCO does under two ids, is united. Raises UserError for a photo
+    that is missing, or annotated in two files.
     """
-    found, known = [], {}
+    pairs: dict[Path, Pair] = {}
     for annotation in annotations:
         with reading(annotation.file):
-            photo = photos.find(annotation.photo, annotation.file)
-        if not photo and not annotation.embedded:
-            name = PureWindowsPath(annotation.photo).name
-            raise UserError(f"{annotation.file}: its photo {name} is not there: give the folder that holds it, too")
-        key = photo.resolve() if photo else annotation.file
-        if key in known:
+            photo = photos.photo_of(annotation)
+            known, _ = pairs.setdefault(photo.resolve() if photo else annotation.file, (annotation, photo))
+            if known.file == annotation.file and known.size != annotation.size:
+                raise ValueError(f"{annotation.photo} has two sizes in it")
+        if known.file != annotation.file:
             advice = "give only one of them"
-            if annotation.is_prediction or known[key].is_prediction:
+            if annotation.is_prediction or known.is_prediction:
                 advice += ", or add --corrected to leave out predictions"
-            raise UserError(f"{photo} is annotated in {known[key].file} and in {annotation.file}: {advice}")
-        known[key] = annotation
-        found.append(photo)
-    return found
+            raise UserError(f"{photo} is annotated in {known.file} and in {annotation.file}: {advice}")
+        if known is not annotation:
+            known.shapes += annotation.shapes
+    return list(pairs.values())
 
 
 def choose_labels(annotations: list[Annotation], wanted: list[str], ignored: list[str]) -> list[str]:
@@ -155,17 +188,46 @@ def choose_labels(annotations: list[Annotation], wanted: list[str], ignored: lis
     listed = ", ".join(f"{label} ({count})" for label, count in counts.most_common(20))
     listed += f" and {len(counts) - 20} more" if len(counts) > 20 else ""
     if not counts:
-        raise UserError(f"{annotations[0].file} and the others hold no shapes with an area: outline the objects")
+        advice = "outline the objects (--line-width draws lines)"
+        raise UserError(f"{annotations[0].file} and the others hold no shapes with an area: {advice}")
     if unknown := [label for label in (*wanted, *ignored) if label not in counts]:
-        raise UserError(f"no shape is labelled {unknown[0]}: choose from {listed}")
+        raise UserError(f"no shape with an area is labelled {unknown[0]}: choose from {listed}")
     if both := set(wanted) & set(ignored):
         raise UserError(f"{both.pop()} is given as --label and as --ignore-label: choose one of them")
-    labels = wanted or [label for label in counts if label not in ignored]
+    labels = wanted or [label for label in counts if label not in ignored and not is_background(label)]
     if not labels:
-        raise UserError(f"every label is ignored ({listed}): leave one for the object")
+        raise UserError(f"every label is ignored or background ({listed}): leave one for the object")
     if len(labels) != 1 and not wanted:
         raise UserError(f"there are the labels {listed}: choose with --label, which may be given more than once")
     return labels
+
+
+def is_background(label: str) -> bool:
+    """Return whether shapes of a label cut holes, as LabelMe and CVAT draw them: _background_, background."""
+    return label.strip("_").casefold() == "background"
+
+
+def draw_lines(annotations: list[Annotation], width: int) -> None:
+    """Give lines an area, so many pixels wide."""
+    for annotation in annotations:
+        for shape in annotation.shapes:
+            if shape.line is not None:
+                shape.draw = partial(polygon_mask, line_rings(shape.line, width))
+
+
+def leave_out_unclear(pairs: list[Pair], labels: list[str], ignored: list[str]) -> list[Pair]:
+    """Return the pairs but those with a shape of these labels that has no area: its object would be background.
+
+    Raises UserError where no object is left.
+    """
+    asked = {*labels, *ignored}
+    kept = [pair for pair in pairs if all(shape.draw or shape.label not in asked for shape in pair[0].shapes)]
+    if not any(shape.label in labels for annotation, _ in kept for shape in annotation.shapes):
+        raise UserError(
+            f"{pairs[0][0].file} and the others hold points, lines or boxes beside every outline, so that no photo has "
+            "all its objects outlined: outline these, too (--line-width draws lines)"
+        )
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,21 +236,48 @@ def choose_labels(annotations: list[Annotation], wanted: list[str], ignored: lis
 
 @dataclass
 class Row:
-    """What was written of an annotation."""
+    """What was drawn of an annotation."""
 
-    areas: Counter  # pixels of each label
+    areas: Counter  # pixels of each label's shapes
+    covered: Counter  # pixels of the object that each other label covers
     size: int  # pixels of the photo
     has_object: bool
     is_turned: bool  # the tool took the photo as it lies in the file, without EXIF's orientation
     note: Note  # of the mask
 
 
-def draw(
-    annotation: Annotation, photo: Path, labels: list[str], ignored: list[str]
-) -> tuple[np.ndarray, Counter, bool]:
-    """Draw the mask of a photo, uint8 (H, W), upright, and return it with a Row's `areas` and `is_turned`.
+def draw(annotation: Annotation, photo: Path, args: argparse.Namespace) -> tuple[np.ndarray, Row]:
+    """Draw the mask of a photo, uint8 (H, W), upright: 255 on the labels, or 1 where there are ignored ones, then VOID.
 
-    It is 255 on the labels, or 1 where there are ignored ones, which are VOID. Raises UserError.
+    Where the tool has an order, later shapes of other labels cover the object. Raises UserError.
+    """
+    size, is_turned = size_as_taken(annotation, photo)
+    mask, areas, covered, foreground = np.zeros(size, np.uint8), Counter(), Counter(), 1 if args.ignore_label else 255
+    for shape in sorted(annotation.shapes, key=lambda shape: shape.label in args.ignore_label):  # void lies on top
+        if not shape.draw:
+            continue
+        with reading(f"{annotation.file}: {shape.place}"):
+            pixels = shape.draw(size)
+        areas[shape.label] += np.count_nonzero(pixels)
+        if shape.label in args.label:
+            mask[pixels] = foreground
+        elif shape.label in args.ignore_label:
+            mask[pixels] = VOID
+        elif annotation.has_order or is_background(shape.label):
+            covered[shape.label] += np.count_nonzero(mask[pixels])
+            mask[pixels] = 0
+    if is_turned:
+        with opened(photo) as image:
+            mask = np.asarray(upright(mask, image))
+    values, counts = np.unique(mask, return_counts=True)
+    note = Note(None, "uint8", [[float(v), c / mask.size] for v, c in zip(values, counts, strict=True)], 255)
+    return mask, Row(areas, covered, mask.size, foreground in values, is_turned, note)
+
+
+def size_as_taken(annotation: Annotation, photo: Path) -> tuple[tuple[int, int], bool]:
+    """Return (height, width) of a photo as the tool took it, and whether it took it as it lies in the file.
+
+    Raises UserError for a photo of another size.
     """
     with opened(photo) as image:
         upright_as = lies_as = upright_size(image)
@@ -198,33 +287,17 @@ def draw(
     if size not in (upright_as, lies_as):
         written, own = (f"{width} x {height}" for height, width in (size, upright_as))
         raise UserError(f"{annotation.file} is of a photo of {written} pixels, but {photo} has {own}: give that photo")
-    mask, areas = np.zeros(size, np.uint8), Counter()
-    for shape in sorted(annotation.shapes, key=lambda shape: shape.label in ignored):  # void lies on top
-        if shape.draw:
-            with reading(f"{annotation.file}: {shape.place}"):
-                pixels = shape.draw(size)
-            areas[shape.label] += np.count_nonzero(pixels)
-            if shape.label in ignored:
-                mask[pixels] = VOID
-            elif shape.label in labels:
-                mask[pixels] = 1 if ignored else 255
-    if is_turned := size != upright_as:
-        with opened(photo) as image:
-            mask = np.asarray(upright(mask, image))
-    return mask, areas, is_turned
+    return size, size != upright_as
 
 
 def write_pair(annotation: Annotation, photo: Path | None, name: str, folder: Path, args: argparse.Namespace) -> Row:
     """Write images/<name> and masks/<name>_mask.png into the folder, unless there is no object and --skip-empty."""
     photo = photo or extract(annotation, folder / "embedded" / name)
-    mask, areas, is_turned = draw(annotation, photo, args.label, args.ignore_label)
-    values, counts = np.unique(mask, return_counts=True)
-    note = Note(None, "uint8", [[float(v), c / mask.size] for v, c in zip(values, counts, strict=True)], 255)
-    has_object = (1 if args.ignore_label else 255) in values
-    if has_object or not args.skip_empty:
+    mask, row = draw(annotation, photo, args)
+    if row.has_object or not args.skip_empty:
         link_or_copy(photo.resolve(), folder / "images" / f"{name}{photo.suffix.lower()}")
         Image.fromarray(mask).save(folder / "masks" / f"{name}{MASK_SUFFIX}.png")
-    return Row(areas, mask.size, has_object, is_turned, note)
+    return row
 
 
 def extract(annotation: Annotation, path: Path) -> Path:
@@ -301,25 +374,24 @@ def put_back(old: Path, output: Path) -> None:
         old.replace(output)
 
 
-def make(annotations: list[Annotation], photos: list[Path | None], args: argparse.Namespace) -> list[Row]:
+def make(pairs: list[Pair], args: argparse.Namespace) -> list[Row]:
     """Write all pairs, into a hidden folder which then takes the output's place. Return a row for each."""
     output = args.output_dir.resolve()  # a link stays one
     check_ours(args.output_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
     with hidden_folder(output) as temporary:
-        rows = write_all(annotations, photos, temporary / "new", args)
+        rows = write_all(pairs, temporary / "new", args)
         if output.exists():
             output.replace(temporary / "old")
         (temporary / "new").replace(output)
     return rows
 
 
-def write_all(
-    annotations: list[Annotation], photos: list[Path | None], folder: Path, args: argparse.Namespace
-) -> list[Row]:
+def write_all(pairs: list[Pair], folder: Path, args: argparse.Namespace) -> list[Row]:
     """Write all pairs and the manifest into a new folder. Return a row for each."""
     for kind in ("images", "masks", "embedded"):
         (folder / kind).mkdir(parents=True)
+    annotations, photos = zip(*pairs, strict=True)
     embedded = (Path(plain(PureWindowsPath(annotation.photo).name)) for annotation in annotations)
     stems = [stem_of(photo or other) for photo, other in zip(photos, embedded, strict=True)]
     stems = [stem.removesuffix(MASK_SUFFIX).lstrip(".") or "photo" for stem in stems]  # no hidden files
@@ -344,21 +416,22 @@ def write_all(
 
 
 def print_table(annotations: list[Annotation], rows: list[Row], args: argparse.Namespace) -> None:
-    """Print a row for each label, and lines about what was left out."""
-    shapes = [shape for annotation in annotations for shape in annotation.shapes]
-    counts = Counter(shape.label for shape in shapes if shape.draw)
+    """Print a row for each label, and lines about what is special."""
+    counts = Counter(shape.label for annotation in annotations for shape in annotation.shapes if shape.draw)
+    areas, covered = (sum((getattr(row, kind) for row in rows), Counter()) for kind in ("areas", "covered"))
     width = max(map(len, ("label", *counts)))
     print(f"{'label':{width}}  photos  objects     area")
     for label, count in sorted(counts.items(), key=lambda item: (item[0] not in args.label, -item[1])):
         showing = sum(row.areas[label] > 0 for row in rows)
-        share = sum(row.areas[label] for row in rows) / sum(row.size for row in rows)
+        share = areas[label] / sum(row.size for row in rows)
         use = "" if label in args.label else "  void" if label in args.ignore_label else "  not asked for"
+        if covered[label]:
+            share_of_object = covered[label] / sum(areas[wanted] for wanted in args.label)
+            use += f", covers {100 * share_of_object:.1f} % of the object"
         print(f"{label:{width}}  {showing:6}  {count:7}  {100 * share:5.1f} %{use}")
     if empty := sum(not row.has_object for row in rows):
         fate = "left out" if args.skip_empty else "with an empty mask; --skip-empty leaves them out"
         print(f"Photos without an object: {empty}, {fate}")
-    if without_area := len(shapes) - counts.total():
-        print(f"Shapes without an area (points, lines, boxes of COCO and YOLO): {without_area}, left out")
     if turned := sum(row.is_turned for row in rows):
         print(f"Photos that were annotated as they lie, without EXIF's orientation: {turned}; their masks are upright")
 
@@ -369,10 +442,13 @@ def main(argv: list[str] | None = None) -> None:
     add("sources", nargs="+", type=Path, help="annotation files, and folders with them and with photos")
     add("--label", action="append", default=[], help="the object's label; several are united [the only one]")
     add("--ignore-label", action="append", default=[], help="255 in the masks: void, which counts nowhere")
+    add("--line-width", type=int, metavar="N", help="draws lines, N pixels wide, which have no area otherwise")
     add("--skip-empty", action="store_true", help="leaves out photos without an object")
     add("--corrected", action="store_true", help="leaves out predict.py's files that nobody has saved since")
     add("--output-dir", type=Path, help="where images/ and masks/ are written [masks_of_<label>]")
     args = parser.parse_args(argv)
+    if args.line_width is not None and args.line_width < 1:
+        raise UserError(f"--line-width {args.line_width}: give a width of 1 pixel or more")
     try:
         annotations, photos = read_sources(args.sources)
         predictions = sum(annotation.is_prediction for annotation in annotations)
@@ -380,16 +456,22 @@ def main(argv: list[str] | None = None) -> None:
             annotations = [annotation for annotation in annotations if not annotation.is_prediction]
             if not annotations:
                 raise UserError("none of these files was saved in LabelMe: correct some, or leave out --corrected")
+        if args.line_width:
+            draw_lines(annotations, args.line_width)
         args.label = choose_labels(annotations, args.label, args.ignore_label)
         args.output_dir = args.output_dir or Path("_".join(("masks_of", *map(plain, args.label))))
         matched = match(annotations, photos)
-        rows = make(annotations, matched, args)
+        pairs = leave_out_unclear(matched, args.label, args.ignore_label)
+        rows = make(pairs, args)
     except OSError as error:
         raise UserError(
             f"{error.filename}: {error.strerror}: make room there, or choose another --output-dir"
         ) from error
-    print_table(annotations, rows, args)
-    if (others := photos.count - sum(photo is not None for photo in matched)) > 0:
+    print_table([annotation for annotation, _ in pairs], rows, args)
+    if unclear := len(matched) - len(pairs):
+        shapes = "points, lines, or boxes of COCO and YOLO"
+        print(f"Photos with shapes that have no area ({shapes}): {unclear}, left out; --line-width draws lines")
+    if (others := photos.count - sum(photo is not None for _, photo in matched)) > 0:
         print(f"Photos that no file mentions: {others}, left out")
     if predictions:
         fate = "left out" if args.corrected else "taken; --corrected leaves them out"
