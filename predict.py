@@ -11,7 +11,6 @@ In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model,
 """
 
 import argparse
-import glob
 import math
 import os
 import sys
@@ -46,16 +45,18 @@ from machinery.decoding import (
     rule_from,
 )
 from machinery.device import Device, choose_device, memory_errors
-from machinery.errors import UserError, run
+from machinery.errors import UserError, counted, run
 from machinery.files import (
     MASK_SUFFIX,
-    SUFFIXES,
+    but,
     check_writable,
+    files_below,
     find_masks,
     free_name,
     is_image,
     lock_of,
     locked,
+    matches_of,
     other_suffix,
     passed_over,
     remove_leftovers,
@@ -200,24 +201,23 @@ def find_photos(inputs: list[str]) -> list[Photo]:
     """List the photos that are given as files, folders (with all below them) and patterns, each once, sorted in those.
 
     Files that predict.py wrote are left out. A name that is taken gets a number: x/a.jpg and y/a.jpg give a and a-2.
-    Raises UserError where an input holds none.
+    Raises UserError where an input holds none, and for a folder that cannot be read.
     """
     paths: dict[Path, Path] = {}  # by what they resolve to
     taken, lines = set(), []
-    for given in inputs:
-        folder = Path(given)
-        found = [folder]
-        if folder.is_dir():
-            below = {path: path.relative_to(folder).parts for path in sorted(folder.rglob("*"))}
-            found = [path for path, parts in below.items() if not any(part.startswith(".") for part in parts)]
-            lines += passed_over(filter(Path.is_file, found), folder)
-        elif not folder.exists():
-            found = sorted(map(Path, glob.glob(given, recursive=True)))  # noqa: PTH207
-        if found != [folder]:
-            found = [path for path in found if is_image(path) and path.is_file()]
+    for given in map(Path, inputs):
+        is_there = os.path.exists(given)  # noqa: PTH110, which fails for names that are too long
+        files = []
+        for path in [given] if is_there else matches_of(str(given)):
+            below = files_below(path) if path.is_dir() else [path]
+            files += below
+            lines += passed_over(below, path) if path.is_dir() else []
+        found = [path for path in files if is_image(path) or path == given]
         found = [path for path in found if not (path.stem.endswith(tuple(OUTPUTS)) and is_ours(path))]
         if not found:
-            raise UserError(f"{given}: no photos there ({', '.join(SUFFIXES)}): correct the path")
+            others = [path for path in files if not is_image(path)]
+            what = f"no photos there{but(others)}" if files or is_there else "nothing is there"
+            raise UserError(f"{given}: {what}: correct the path")
         for path in found:
             paths.setdefault(path.resolve(), path)
 
@@ -376,7 +376,8 @@ def uncertain_share(probabilities: np.ndarray) -> float:
 def full_size_dice(checkpoint: Path, val_set: Samples, device: Device, batch_size: int) -> tuple[float, float, float]:
     """Return the mean Dice of validation photos at their original size, as predict.py --mask-dir measures it.
 
-    At threshold 0.5; then the best of 19 thresholds, and the mean Dice at that. The processes share the photos.
+    At threshold 0.5; then the best of 19 thresholds, and the mean Dice at that. The processes share the photos. All are
+    nan, with a line, where a file has broken or vanished since it was decoded for training.
     """
     model = Predictor(broadcast_object(utils.load_checkpoint, checkpoint), device)
 
@@ -392,9 +393,13 @@ def full_size_dice(checkpoint: Path, val_set: Samples, device: Device, batch_siz
 
     mine, total = range(len(val_set.pairs))[RANK::WORLD_SIZE], np.zeros(19)
     with progress(total=len(mine), desc="at original size", unit="photo") as bar:
-        for thresholds in predict_all(mine, model, decode, dice, batch_size):
-            total += thresholds
-            bar.update()
+        try:
+            for thresholds in predict_all(mine, model, decode, dice, batch_size):
+                total += thresholds
+                bar.update()
+        except UserError as error:
+            tqdm.write(f"No Dice at the photos' original size: {error}")
+            total[:] = np.nan  # the sum of all processes, too
     means = all_reduce_sum(torch.from_numpy(total)).numpy() / len(val_set.pairs)
     best = max(range(len(means)), key=lambda number: (means[number], -abs(number - 9)))
     return means[9], (best + 1) / 20, means[best]
@@ -486,6 +491,9 @@ def load_network(args: argparse.Namespace) -> Predictor:
         model.size = tuple(args.size)
     elif args.tile and is_whole:
         model.size = 1.0
+    encoder = getattr(model.network, "encoder", None)
+    if (args.size or args.tile) and hasattr(encoder, "check_size"):
+        encoder.check_size(*(model.tile or model.size))
     return model
 
 
@@ -538,17 +546,19 @@ def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespa
     rows = [row for _, rows in everyone for row in rows]
     scores = sorted((row for row in rows if "dice" in row), key=lambda row: row["dice"])
     uncertain = sorted((row for row in rows if "uncertain" in row), key=lambda row: -row["uncertain"])
-    print(f"{len(photos) - failed} photos in {time.perf_counter() - start:.1f} s: {args.submission or args.output_dir}")
+    done, seconds = counted(len(photos) - failed, "photo"), time.perf_counter() - start
+    print(f"{done} in {seconds:.1f} s: {args.submission or args.output_dir}")
     if scores:
         save_metrics(scores, args.output_dir / "scores.csv")
         print_scores(scores)
     if uncertain:
-        print(f"The least certain of {len(uncertain)} photos, and the share of the object that is:")
+        print(f"The least certain of {counted(len(uncertain), 'photo')}, and the share of the object that is:")
         print("\n".join(f"{row['uncertain']:16.4f}  {row['photo']}" for row in uncertain[:20]))
     if submission:
         submission.write(is_complete=not failed)
     if failed:
-        raise UserError(f"{failed} of {len(photos)} photos could not be predicted, as said above: fix or remove them")
+        given = counted(len(photos), "photo")
+        raise UserError(f"{failed} of {given} could not be predicted, as said above: fix them, or leave them out")
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def train(s: SimpleNamespace) -> None:
             update_batch_norm(train_loader, len(state.history), state.model, device)
             metrics, photo_dice = check_accuracy(val_loader, state.model, device, losses, run.pictures(), show_size)
             run.end_epoch(metrics, photo_dice)
-            run.print_advice("crops" if s.crop else "photos")
+            run.print_advice("crop" if s.crop else "photo")
 
     # 4. Result
     run.print_result(*full_size_dice(writer.best_path, val_set, device, s.batch_size))

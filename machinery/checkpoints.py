@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from machinery import processes
 from machinery.decoding import Rule, rule_from
-from machinery.encoders import encoder_normalisation
-from machinery.errors import UserError
+from machinery.encoders import Encoder, encoder_normalisation
+from machinery.errors import UserError, counted, reason_of, remedy_of
 from machinery.files import is_locked, link_or_copy, lock_of, locked, remove_leftovers, saving
 from machinery.sample_data import use_sample_if_empty
 from machinery.samples import Samples
@@ -150,7 +150,7 @@ def _damage(path: Path) -> str | None:
     except FileNotFoundError:
         return "does not exist"
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): fix that, or choose another") from error
+        raise UserError(f"{path} cannot be read ({reason_of(error)}): {remedy_of(error)}, or choose another") from error
     except pickle.UnpicklingError:  # of which load_checkpoint says more
         pass
     except Exception:  # zipfile raises many kinds on damaged files
@@ -410,7 +410,7 @@ def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], re
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
         raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
     if checkpoint["epoch"] >= s.num_epochs:
-        print(f"{path} has {checkpoint['epoch']} epochs already: a larger NUM_EPOCHS continues it.")
+        print(f"{path} has {counted(checkpoint['epoch'], 'epoch')} already: a larger NUM_EPOCHS continues it.")
     free = ("batch_size", "accumulation", "num_epochs", "learning_rate", "weight_decay", "dice_weight", "clip_norm")
     for name in (*free, "seed", "device", "precision", "num_workers"):
         if before[name] != getattr(s, name):
@@ -432,7 +432,8 @@ def adapted(checkpoint: dict, header: dict) -> dict:
         if checkpoint["images"]:
             print("The epoch that was cut off begins anew.")
         checkpoint |= {"images": 0, "computed": 0, "losses": {}, "seconds": 0.0}
-    print(f"Continuing after {checkpoint['epoch']} epochs and {checkpoint['images']} images of the next.")
+    epochs, images = counted(checkpoint["epoch"], "epoch"), counted(checkpoint["images"], "image")
+    print(f"Continuing after {epochs} and {images} of the next.")
     return checkpoint
 
 
@@ -461,6 +462,7 @@ def settle(s: SimpleNamespace) -> None:
         s.image_height, s.image_width = s.crop  # a crop is all that the network sees
     use_sample_if_empty(s)
     if s.encoder:
+        Encoder(s.encoder).check_size(s.image_height, s.image_width)  # now: decoding photos may take an hour
         s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from machinery.errors import UserError
+from machinery.errors import UserError, reason_of
 
 with suppress(ImportError):  # it is optional, and reads the photos of iPhones
     import pillow_heif
@@ -27,6 +28,7 @@ with suppress(ImportError):  # it is optional, and reads the photos of iPhones
 
 cv2.setNumThreads(0)  # several threads or workers call it on small samples: OpenCV's own threads would compete
 Image.MAX_IMAGE_PIXELS = 300_000_000  # Pillow warns above, and refuses twice that; a telephone's photo may have 200
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 Image.core.set_blocks_max(16)  # Pillow keeps memory that it would give back: decoding in full takes half the time
 
 PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the colours of an ICC profile -> Pillow's mode
@@ -155,8 +157,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with path.open("rb") as file, Image.open(file) as image:
             yield image
     except Exception as error:
-        reason = re.sub(rf" <_io.*>| {re.escape(repr(str(path)))}", "", str(error)).removesuffix(":")
-        advice = "replace or remove it"
+        reason, advice = reason_of(error), "replace it, or move it away"
         if isinstance(error, MemoryError) or re.search("out of memory|insufficient memory", reason, re.IGNORECASE):
             raise UserError(f"out of memory while {path} was read: end other programs, or reduce the photo") from error
         if isinstance(error, UnidentifiedImageError):
@@ -172,7 +173,7 @@ def _unknown_kind(path: Path) -> tuple[str, str]:
         return "it is HEIC", "run pip install pillow-heif, which reads it, or save it as JPEG"
     if kind == b"ftypavif":
         return "it is AVIF", "run pip install --upgrade pillow, which reads it, or save it as JPEG"
-    return "it is of no known kind", "replace or remove it"
+    return "it is of no known kind", "replace it, or move it away"
 
 
 def orientation_of(image: Image.Image) -> int:

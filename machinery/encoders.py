@@ -2,12 +2,15 @@
 
 import difflib
 import logging
+import math
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from machinery.errors import UserError
+
+ANOTHER = "choose another, such as resnet34"
 
 
 class Encoder(nn.Module):
@@ -17,7 +20,7 @@ class Encoder(nn.Module):
     The weights are random until load_pretrained. BatchNorm stays as it was pretrained: what a step's few images would
     make of it is worse.
 
-    Raises UserError where timm is missing, or its network of that name cannot be an encoder.
+    Raises UserError where timm is missing, or its network of that name cannot be an encoder of 64 x 96 pixels.
     """
 
     def __init__(self, name: str) -> None:
@@ -27,17 +30,30 @@ class Encoder(nn.Module):
         try:
             self.network = timm.layers.freeze_batch_norm_2d(timm.create_model(name, features_only=True))
             self.strides, channels = self.network.feature_info.reduction(), self.network.feature_info.channels()
+        except Exception as error:  # some have no features: each says so in its own way
+            raise UserError(f"ENCODER {name} has no features of several sizes: {ANOTHER}") from error
+        self.check_size(64, 96)
+        by_stride = dict(zip(self.strides, channels, strict=True))
+        self.channels = [by_stride.get(2**stage, 0) for stage in range(max(self.strides).bit_length())]
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError unless images of this size have features at 1/2, 1/4, ...: some networks take others alone.
+
+        The size is rounded up, as the U-Net pads it.
+        """
+        largest, channels = max(self.strides), self.network.feature_info.channels()
+        padded = [math.ceil(side / largest) * largest for side in (height, width)]
+        wanted = [(number, padded[0] // s, padded[1] // s) for number, s in zip(channels, self.strides, strict=True)]
+        try:
             with torch.no_grad():
-                shapes = [tuple(features.shape[1:]) for features in self.network(torch.zeros(1, 3, 64, 96))]
-            fits = shapes == [(number, 64 // s, 96 // s) for number, s in zip(channels, self.strides, strict=True)]
-        except Exception:  # some take images of one size, or have no features: each says so in its own way
+                images = torch.zeros(1, 3, *padded).to(next(self.parameters()))
+                fits = [tuple(features.shape[1:]) for features in self.network(images)] == wanted
+        except Exception:  # of many kinds
             fits = False
         if not fits:
             raise UserError(
-                f"ENCODER {name} has no features at 1/2, 1/4, ... of any image's size: choose another, such as resnet34"
+                f"ENCODER {self.name} has no features at 1/2, 1/4, ... of {height} x {width} pixels: {ANOTHER}"
             )
-        by_stride = dict(zip(self.strides, channels, strict=True))
-        self.channels = [by_stride.get(2**stage, 0) for stage in range(max(self.strides).bit_length())]
 
     def forward(self, x: Tensor) -> list[Tensor | None]:
         features = dict(zip(self.strides, self.network(x), strict=True))

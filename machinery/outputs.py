@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 
 from machinery.decoding import read_image, read_opacity, resize
-from machinery.errors import UserError
+from machinery.errors import UserError, reason_of
 from machinery.files import check_writable, saving, write_errors
 from machinery.shapes import outlines
 
@@ -293,7 +293,7 @@ def made_by_hand(photo: Path, path: Path) -> Path | None:
             with suppress(ValueError, RecursionError):
                 content = json.loads(file.read_text("utf-8-sig"))
         except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}): move it away") from error
+            raise UserError(f"{file} cannot be read ({reason_of(error)}): move it away") from error
         is_labelme = isinstance(content, dict) and "shapes" in content
         if not is_untouched(content) and (is_labelme or file == path):
             return file

@@ -3,10 +3,12 @@
 A run in one process calls the same functions, which then do nothing.
 """
 
+import builtins
 import math
 import os
 import re
 import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -150,7 +152,14 @@ _pending: list[int] = []  # signals that have arrived and wait for stop_if_asked
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) wait for stop_if_asked; a second Ctrl-C ends at once."""
+    """Let Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) wait for stop_if_asked; a second Ctrl-C ends at once.
+
+    Signals are left alone in a notebook, which interrupts cells by them, and in a thread, which may not handle any.
+    """
+    is_notebook = hasattr(builtins, "__IPYTHON__")
+    if is_notebook or threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def note(signum: int, _: object) -> None:
         if _pending and signum == signal.SIGINT:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from machinery.decoding import NUM_THREADS, VOID
-from machinery.errors import UserError
+from machinery.errors import UserError, reason_of
 from machinery.files import save_metrics, saving
 from machinery.samples import Samples, describe
 
@@ -373,7 +373,7 @@ def tensorboard_writer(folder: str, settings: dict[str, object]) -> object:
     try:
         board = SummaryWriter(folder)
     except OSError as error:
-        raise UserError(f"TENSORBOARD_DIR: {folder} cannot be written ({error.strerror}): choose another") from error
+        raise UserError(f"TENSORBOARD_DIR: {folder} cannot be written ({reason_of(error)}): choose another") from error
     board.add_text("settings", "\n".join(f"    {name} = {value!r}" for name, value in settings.items()))
     return board
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from machinery import processes
 from machinery.checkpoints import CheckpointWriter, Epoch, State
-from machinery.errors import Stopped, UserError
+from machinery.errors import Stopped, UserError, counted
 from machinery.processes import progress
 from machinery.report import Report, save_train_batch
 
@@ -91,7 +91,10 @@ class Run:
                 if self.writer.seconds_since_save() > 60 * self.checkpoint_minutes:
                     self.save()
         if skipped:
-            tqdm.write(f"{skipped} of {step + 1} steps were skipped: gradients overflowed fp16. A few are normal.")
+            steps = counted(step + 1, "step")
+            tqdm.write(
+                f"Steps that were skipped: {skipped} of {steps}, whose gradients overflowed fp16. A few are normal."
+            )
         self.raise_if_not_finite()
         self.trained_at = time.perf_counter()
         epoch.seconds = self.trained_at - start
@@ -168,33 +171,34 @@ class Run:
         self.save()
         self.writer.wait()
         print(
-            f"Stopped by {stopped} after {len(state.history)} epochs and {state.epoch.images} images of the next, "
+            f"Stopped by {stopped} after {counted(len(state.history), 'epoch')} and "
+            f"{counted(state.epoch.images, 'image')} of the next, "
             f"which {self.writer.path} holds: continue with the same flags and --load-model"
         )
 
     def print_advice(self, noun: str) -> None:
         """Print how long 300 steps take, where a run has so few that a network learns little.
 
-        75 count as few, because the quick start has 96. `noun` says what an epoch consists of.
+        75 count as few, because the quick start has 96. `noun` says of what an epoch consists: "photo" or "crop".
         """
         steps, seconds = math.ceil(self.photos / self.batch_size), self.state.history[0]["seconds"]
         if len(self.state.history) == 1 and self.num_epochs * steps < 75:
             epochs = 10 * math.ceil(30 / steps)
-            print(
-                f"{self.photos} {noun}: {self.num_epochs} epochs are {self.num_epochs * steps} steps; "
-                f"--num-epochs {epochs} takes about {math.ceil(epochs * seconds / 60)} min."
-            )
+            done = counted(self.num_epochs, "epoch") + (" is " if self.num_epochs == 1 else " are ")
+            done += counted(self.num_epochs * steps, "step")
+            minutes = math.ceil(epochs * seconds / 60)
+            print(f"{counted(self.photos, noun)}: {done}; --num-epochs {epochs} takes about {minutes} min.")
 
     def print_result(self, dice: float, threshold: float, highest: float) -> None:
         """Print the last lines of a run.
 
         Args:
-            dice: the best weights' mean Dice at the photos' original size.
+            dice: the best weights' mean Dice at the photos' original size, nan where that is unknown.
             threshold, highest: the best threshold on these photos, and the mean Dice there.
         """
-        best = self.state.best
-        print(f"Dice of the best weights: {best:.4f} at training size, {dice:.4f} at the photos' original size.")
-        if highest:
+        best, full = self.state.best, "unknown" if math.isnan(dice) else f"{dice:.4f}"
+        print(f"Dice of the best weights: {best:.4f} at training size, {full} at the photos' original size.")
+        if highest > 0:
             print(f"On these photos the best threshold would be {threshold:g}, with {highest:.4f}.")
         print(f"The best weights are in {self.writer.best_path}, the newest state in {self.writer.path}.")
         if self.report:

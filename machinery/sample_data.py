@@ -17,12 +17,11 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
-from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from machinery.errors import UserError, run
-from machinery.files import MASK_SUFFIX
+from machinery.errors import UserError, reason_of, remedy_of, run
+from machinery.files import MASK_SUFFIX, files_in, in_turn
 from machinery.settings import Parser
 
 VIEWS = 16  # photos of a car, 22.5 degrees apart
@@ -406,11 +405,11 @@ def draw_dataset(
 ) -> None:
     """Draw cars into output_dir/{train,val}_{images,masks}, the training cars into train_, the others into val_.
 
-    The folder appears once everything in it is drawn. Raises FileExistsError if it is there already and not empty.
+    The folder appears once everything in it is drawn. Raises UserError if it is there already and not empty.
     """
     output_dir = output_dir.absolute()
     if output_dir.exists() and any(output_dir.iterdir()):
-        raise FileExistsError(f"{output_dir} is not empty: remove it, or choose another --output-dir")
+        raise UserError(f"{output_dir} is not empty: remove it, or choose another --output-dir")
     temporary = output_dir.with_name(f"{output_dir.name}.{os.getpid()}.tmp")
 
     def save(job: tuple[int, int]) -> None:
@@ -442,16 +441,16 @@ def use_sample_if_empty(s: SimpleNamespace) -> None:
     if folders != ("data/train_images", "data/train_masks", "data/val_images", "data/val_masks"):
         return
     for folder in map(Path, folders):
-        if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
+        if not folder.is_dir() or files_in(folder):
             return
     sample = Path("data/sample")
     print(f"data/ has no photos of yours yet: training on drawn cars in {sample}/")
     try:
-        with FileLock(sample.with_suffix(".lock")):  # of several processes one draws and the others wait
+        with in_turn(sample.with_suffix(".lock")):  # of several processes one draws and the others wait
             if not sample.exists():
                 draw_dataset(sample)
     except OSError as error:
-        raise UserError(f"{sample} cannot be drawn ({error}): make room for 20 MB there") from error
+        raise UserError(f"{sample} cannot be drawn ({reason_of(error)}): make room for 20 MB there") from error
     s.train_img_dir, s.train_mask_dir = str(sample / "train_images"), str(sample / "train_masks")
     s.val_img_dir, s.val_mask_dir = str(sample / "val_images"), str(sample / "val_masks")
     s.mask_suffix = MASK_SUFFIX
@@ -472,7 +471,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         draw_dataset(**vars(args))
     except OSError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{args.output_dir} cannot be drawn ({reason_of(error)}): {remedy_of(error)}") from error
 
 
 if __name__ == "__main__":

@@ -34,10 +34,11 @@ from machinery.decoding import (
     rule_from,
     value_shares,
 )
-from machinery.errors import UserError
-from machinery.files import MASK_SUFFIX, files_in, find_pairs, is_locked, passed_over, written_whole
+from machinery.errors import UserError, counted, reason_of
+from machinery.files import MASK_SUFFIX, files_in, find_pairs, in_turn, is_locked, passed_over, written_whole
 
 DECODER = 4  # part of the cache's key: raise it when decoding changes
+SMALL = 2**20  # bytes of masks whose content is part of the key, too
 
 # What is known of a pair: the photo's original size; the shares of foreground in the known part of the sample's mask,
 # of foreground along its edge, and of void; a checksum of the sample's image; some of its foreground's pixels, counted
@@ -128,21 +129,21 @@ class Samples:
         By the rule, if one is given, else by that which these files make: each is read as it suggests itself, and those
         that the whole set contradicts are read again. `foreground_values` are then the rule's `chosen`.
 
-        The file serves later runs while the names, sizes and times of all files stay as they are; after a change,
-        samples of unchanged files are copied from it. It appears when it is complete. With cache_dir None, or on a disk
-        that is full, samples are decoded whenever they are needed.
+        The file serves later runs while the names, sizes and times of all files and the content of masks stay as they
+        are; after a change, samples of unchanged files are copied from it. It appears when it is complete. With
+        cache_dir None, or on a disk that is full, samples are decoded whenever they are needed.
 
         Sets `infos`, `notes` and `rule`. Raises UserError for a pair that is broken, for foreground_values that no mask
         holds, and if every mask is empty or every mask is full.
         """
         self.rule, self.chosen = rule, foreground_values
-        keys = [(image.name, mask.name, *_stamp(image), *_stamp(mask)) for image, mask in self.pairs]
+        keys = [(image.name, mask.name, *_stamp(image), *_stamp(mask, True)) for image, mask in self.pairs]
         self.infos = self.cache_file = None
         if cache_dir is not None:
             try:
                 self.infos = self._cached(Path(cache_dir), keys)
             except (OSError, NotImplementedError) as error:  # the latter is filelock's, of a disk without locks
-                tqdm.write(f"No cache in {cache_dir} ({error}): every epoch decodes the photos again.")
+                tqdm.write(f"No cache in {cache_dir} ({reason_of(error)}): every epoch decodes the photos again.")
         if self.infos is None:
             self.infos = np.array([row[1] for row in self._decode_all(keys, {}, None)], INFO)
         for state, value in (("empty", 0), ("full", 1)):
@@ -158,7 +159,7 @@ class Samples:
         cache_dir.mkdir(parents=True, exist_ok=True)
         place = cache_dir / _digest(DECODER, self.size, str(self.image_dir.resolve()), str(self.mask_dir.resolve()))
         index_file = place.with_name(f"{place.name}-{_digest(keys, self.chosen, self.rule and asdict(self.rule))}.json")
-        with FileLock(place.with_suffix(".lock")):  # of several processes one builds and the others wait
+        with in_turn(place.with_suffix(".lock")):  # of several processes one builds and the others wait
             if (index := self._read_index(index_file)) is None or not self._suits(*index[1:3]):
                 self._build(place, index_file, keys)
                 index = self._read_index(index_file)
@@ -228,7 +229,8 @@ class Samples:
         needed, free = self._starts[-1], shutil.disk_usage(place.parent).free
         if needed > free:
             raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
-        tqdm.write(f"Caching {len(self.pairs)} pairs of {self.image_dir} in {place.parent}: {needed / 1e6:.1f} MB.")
+        pairs = counted(len(self.pairs), "pair")
+        tqdm.write(f"Caching {pairs} of {self.image_dir} in {place.parent}: {needed / 1e6:.1f} MB.")
         data = index_file.with_name(f"{index_file.stem}-{secrets.token_hex(4)}.samples")
         try:
             with data.open("xb") as file:
@@ -309,14 +311,20 @@ class Samples:
         return rule
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path, is_mask: bool = False) -> tuple[int, ...]:
+    """Return a file's size and time, and a checksum of a mask's content: a corrected one may have both of the other's.
+
+    Of a large mask the time of its last change in any way takes that place: links change it, so that it is read again.
+    """
     try:
         status = path.stat()
+        stamp = status.st_size, status.st_mtime_ns
+        if is_mask:
+            stamp += (zlib.crc32(path.read_bytes()) if status.st_size <= SMALL else status.st_ctime_ns,)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): replace it, or remove it and its partner"
-        ) from error
-    return status.st_size, status.st_mtime_ns
+        advice = "replace it, or move it and its partner away"
+        raise UserError(f"{path} cannot be read ({reason_of(error)}): {advice}") from error
+    return stamp
 
 
 def _digest(*parts: object) -> str:

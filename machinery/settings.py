@@ -16,8 +16,18 @@ from machinery.errors import UserError
 from machinery.files import SUFFIXES, check_writable
 
 
+def expanded(value: object) -> object:
+    """Return a setting with the home folder for a ~ at a path's beginning, as a shell would, also within a list."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(expanded, value))
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))  # noqa: PTH111
+    is_path = isinstance(value, str) and re.match(r"~[^/\\]*[/\\]", value)  # a mask's suffix may be ~
+    return os.path.expanduser(value) if is_path else value  # noqa: PTH111
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors.
+    """An ArgumentParser whose errors are UserErrors, and which expands ~ in paths, the constants' and the flags'.
 
     Args:
         command: how the script is called, such as "python train.py" or "python -m tools.split_data".
@@ -27,6 +37,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str | None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter  # keeps the docstring's lines
         super().__init__(command, description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def parse_known_args(self, *args: object, **options: object) -> tuple[argparse.Namespace, list[str]]:
+        found, others = super().parse_known_args(*args, **options)
+        return argparse.Namespace(**{name: expanded(value) for name, value in vars(found).items()}), others
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} ({self.prog} --help shows all flags)")

@@ -1,6 +1,7 @@
 """The cache when processes are killed, and when several start together: real processes."""
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -11,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forked import Script
+from PIL import Image
 
 from dataset import CarvanaDataset
+from machinery import samples as samples_room
 from machinery.decoding import Rule
 from machinery.files import written_whole
 
@@ -111,3 +114,37 @@ def test_files_are_written_beside_one_another(tmp_path):
         for path, name in zip(written, names, strict=True):
             path.write_text(name)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: name for name in names}
+
+
+@pytest.mark.parametrize("small", [2**20, 0])
+def test_a_corrected_mask_of_the_same_size_and_date_is_read_again(drawn, tmp_path, monkeypatch, small):
+    """As an archive that is unpacked over the old files restores both; above `small` by the time of the last change."""
+    monkeypatch.setattr(samples_room, "SMALL", small)
+    shutil.copytree(drawn, tmp_path / "data")
+    folders = tmp_path / "data/train_images", tmp_path / "data/train_masks"
+    for mask in folders[1].iterdir():
+        Image.open(mask).convert("L").save(mask.with_suffix(".bmp"))
+        mask.unlink()
+    before = CarvanaDataset(*folders, (32, 48))
+    before.prepare(tmp_path / "cache")
+    mask = before.pairs[3][1]
+    status = mask.stat()
+    Image.fromarray(255 - np.asarray(Image.open(mask))).save(mask)
+    os.utime(mask, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (mask.stat().st_size, mask.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    after = CarvanaDataset(*folders, (32, 48))
+    after.prepare(tmp_path / "cache")
+    assert (after.sample(3)[1] != before.sample(3)[1]).mean() > 0.9
+    np.testing.assert_array_equal(after.sample(4)[1], before.sample(4)[1])
+
+
+def test_a_hard_link_is_no_change(drawn, tmp_path, monkeypatch):
+    """As split_data --link makes them of every file."""
+    folders = tmp_path / "images", tmp_path / "masks"
+    for kind, folder in zip(("images", "masks"), folders, strict=True):
+        shutil.copytree(drawn / f"train_{kind}", folder)
+    CarvanaDataset(*folders, (32, 48)).prepare(tmp_path / "cache")
+    for path in (*folders[0].iterdir(), *folders[1].iterdir()):
+        os.link(path, tmp_path / path.name)
+    monkeypatch.setattr(samples_room, "read_sample", lambda *_: pytest.fail("decoded again"))
+    CarvanaDataset(*folders, (32, 48)).prepare(tmp_path / "cache")

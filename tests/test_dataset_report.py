@@ -123,10 +123,14 @@ def test_photos_turned_by_exif_whose_masks_are_not_are_counted(project):
 
 
 def test_files_that_are_passed_over_are_counted(project):
-    for name in ("Thumbs.db", "x.dng", ".hidden"):
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._x.jpg", "notes.txt", "x.dng", ".hidden"):
         Path("data/train_images", name).write_text("?")
+    for folder in ("more/and/more", "@eaDir", "more/@eaDir", "__MACOSX"):
+        Path("data/val_images", folder).mkdir(parents=True)
+        shutil.copy(next(Path("data/train_images").glob("*.jpg")), Path("data/val_images", folder))
     Path("data/val_masks/below").mkdir()
     assert report()[3:] == [
-        "passed over in data/train_images, no photos by their endings: 2, such as Thumbs.db",
-        "passed over in data/val_masks, no photos by their endings: 1, such as below",
+        "passed over in data/train_images, no photos by their endings: 2, such as notes.txt",
+        "folders in data/val_images, which are not searched: 1, such as more: 1 photo",
+        "folders in data/val_masks, which are not searched: 1, such as below: 0 photos",
     ]

@@ -41,7 +41,15 @@ def error_of(*flags: str) -> str:
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "tools.demo needs gradio" in error_of() and "pip install gradio" in error_of()
+    assert "tools.demo needs gradio 6.20 or newer" in error_of() and "pip install --upgrade gradio" in error_of()
+
+
+@pytest.mark.parametrize("found", ["3.50.2", "5.49.1", "6.0.0", "6.19.0"])
+def test_an_older_gradio_is_named_before_it_fails(found, monkeypatch):
+    monkeypatch.setattr(demo, "version", lambda _: found)
+    assert error_of() == (
+        f"error: tools.demo needs gradio 6.20 or newer (this is {found}): pip install --upgrade gradio"
+    )
 
 
 def test_the_files_for_a_space_are_those_that_it_imports():
@@ -227,7 +235,7 @@ def test_a_broken_file_gives_a_sentence_and_the_next_photo_works(page, server, t
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff no photo")
     page.locator("#photo input[type=file]").set_input_files(broken)
-    sentence = "broken.jpg is no readable image (it is of no known kind): replace or remove it"
+    sentence = "broken.jpg is no readable image (it is of no known kind): replace it, or move it away"
     page.get_by_text(sentence, exact=True).wait_for()
     page.get_by_role("button", name="Download PNG").click()
     page.get_by_text("there is no photo yet: drop one first").wait_for()

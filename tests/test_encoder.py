@@ -199,6 +199,22 @@ def test_networks_that_cannot_be_an_encoder(name):
         UNet(encoder=name)
 
 
+def test_a_network_that_takes_images_of_64_x_96_but_not_of_the_runs_size(project, run_train, monkeypatch):
+    """It is tried before any photo is decoded; for predict.py, too, at --size."""
+    monkeypatch.setattr("machinery.samples.read_sample", lambda *_: pytest.fail("decoded"))
+    flags = ["--encoder", "mvitv2_tiny", "--image-height", "160", "--image-width", "240"]
+    sentence = "ENCODER mvitv2_tiny has no features at 1/2, 1/4, ... of {} pixels: choose another, such as resnet34"
+    assert refusal(run_train, *flags) == sentence.format("160 x 240")
+    model = UNet(encoder="mvitv2_tiny")
+    preprocessing = {"height": 64, "width": 96, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    utils.save_checkpoint(
+        {"model": model.config, "preprocessing": preprocessing, "state_dict": model.state_dict()}, Path("best.pth.tar")
+    )
+    with pytest.raises(UserError) as caught:
+        predict.main(["data/val_images", "--checkpoint", "best.pth.tar", "--size", "160", "240"])
+    assert str(caught.value) == sentence.format("160 x 240")
+
+
 def test_a_network_that_cannot_be_reached(project, run_train, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_pretrained", without_network)
     assert refusal(run_train, "--encoder", "test_resnet") == (

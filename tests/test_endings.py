@@ -1,16 +1,21 @@
 """How a run ends: by an error with workers under way, by any number of signals, beside other runs, started again."""
 
+import builtins
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, rows, weights
+from conftest import SMALL, leave_photos, rows, weights
 from test_train_continue import Training
 
 import train
@@ -126,7 +131,7 @@ def test_a_restart_continues_its_own_run_alone(project, run_train, monkeypatch, 
     own = checkpoints.torch.load(CHECKPOINT)["run"]
     monkeypatch.setattr(processes, "run_id", lambda: own)
     run_train("--num-epochs", "2")
-    assert "Continuing after 1 epochs" in capsys.readouterr().out and len(rows()) == 2
+    assert "Continuing after 1 epoch and" in capsys.readouterr().out and len(rows()) == 2
 
 
 def test_all_processes_and_restarts_of_torchrun_have_one_run_id(tmp_path):
@@ -182,3 +187,102 @@ def test_a_users_error_in_a_worker_is_one_line(project, capsys):
         patch.setattr(runs.Run, "end_epoch", break_a_photo)
         errors.run(lambda: train.main(flags))
     assert str(exit_.value.code).startswith("error: data/train_images/") and "\n" not in str(exit_.value.code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where nobody reads, and where no script is run
+
+
+def end_of(code: str, redirected: str = "", *options: str) -> subprocess.CompletedProcess:
+    """What becomes of a script whose main has this code, started by a shell that redirects its streams."""
+    script = f"import sys\nfrom tqdm import tqdm\nfrom machinery.errors import *\ndef main():\n    {code}\nrun(main)\n"
+    command = f"{shlex.join([sys.executable, *options, '-c', script])} {redirected}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+
+
+PRINTS = "[print(x) for x in range(99_999)]; tqdm.write('a line'); list(tqdm(range(3), file=sys.stderr))"
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_closed_streams_are_no_error(closed):
+    """As those of pythonw are."""
+    done = end_of(PRINTS, closed)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert end_of("raise UserError('x: y')", closed).returncode == 1
+
+
+@pytest.mark.parametrize("piped", ["| head -1", "2>&1 | head -1"])
+def test_a_reader_that_has_seen_enough_ends_the_run_without_a_word(piped):
+    done = end_of(f"{PRINTS}; sys.stderr.write('more ' * 99_999)", f"{piped}; exit ${{PIPESTATUS[0]}}")
+    assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 141)
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    done = end_of("raise BrokenPipeError(32, 'of a worker')", "| cat; exit ${PIPESTATUS[0]}")
+    assert done.returncode == 1 and "BrokenPipeError: [Errno 32] of a worker" in done.stderr
+
+
+def test_without_docstrings_commands_have_a_help():
+    done = subprocess.run([sys.executable, "-OO", "-m", "tools.split_data", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--mask-suffix" in done.stdout
+
+
+def signals_during(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list:
+    """Handlers while a step is trained."""
+    seen, step = [], train.train_step
+
+    def look(*args: object) -> object:
+        seen.extend(signal.getsignal(signum) for signum in processes.STOPPING)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", look)
+        main()
+    return seen
+
+
+def test_a_run_in_a_thread_leaves_signals_alone_and_says_an_error_in_one_line(project, monkeypatch, capsys):
+    leave_photos(4, 2)
+
+    def in_a_thread(*flags: str) -> None:
+        thread = threading.Thread(target=train.main, args=([*SMALL, "--num-epochs", "1", *flags],))
+        thread.start()
+        thread.join()
+
+    handlers = [signal.getsignal(signum) for signum in processes.STOPPING]
+    assert signals_during(in_a_thread, monkeypatch) == handlers
+    assert len(rows()) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(threading, "excepthook", errors.one_line)  # as it is outside of pytest
+    in_a_thread("--val-img-dir", "nowhere")
+    assert re.fullmatch(r"error: nowhere cannot be read .*\n", capsys.readouterr().err)
+
+
+def test_a_run_in_a_notebook_leaves_signals_alone_and_says_an_error_in_one_line(project, run_train, monkeypatch):
+    leave_photos(4, 2)
+    handlers = [signal.getsignal(signum) for signum in processes.STOPPING]
+    assert signals_during(lambda: run_train("--num-epochs", "1"), monkeypatch) != handlers
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)  # as IPython and Jupyter do
+    assert signals_during(lambda: run_train("--num-epochs", "1"), monkeypatch) == handlers
+    with pytest.raises(UserError) as caught:
+        run_train("--val-img-dir", "nowhere")
+    assert caught.value._render_traceback_() == [f"error: {caught.value}"]  # which they show instead of a traceback
+
+
+@pytest.mark.parametrize("gone", ["images", "masks"])
+def test_a_run_whose_validation_photos_vanish_ends_well(project, monkeypatch, run_train, capsys, gone):
+    leave_photos(4, 2)
+    measure = train.full_size_dice
+
+    def vanish(*args: object) -> tuple:
+        shutil.rmtree(f"data/val_{gone}")
+        return measure(*args)
+
+    monkeypatch.setattr(train, "full_size_dice", vanish)
+    run_train("--num-epochs", "1")
+    out = capsys.readouterr().out
+    assert re.search(rf"No Dice at the photos' original size: data/val_{gone}/\S+ is no readable image", out)
+    assert re.search(
+        r"Dice of the best weights: \d\.\d{4} at training size, unknown at the photos' original size\.", out
+    )
+    assert "On these photos" not in out and "The best weights are in my_checkpoint_best.pth.tar" in out

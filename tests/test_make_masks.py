@@ -1092,11 +1092,41 @@ def test_a_file_in_the_place_of_the_output_and_retouched_photos_are_not_lost():
     photo("photos/a.jpg")
     assert "thesis.txt is a file" in error_of("photos", "--label", "car", "--output-dir", "thesis.txt")
     make("photos", "--label", "car")
-    Path("masks_of_car/images/.DS_Store").write_text("the Finder's")
+    for name in (".DS_Store", "thumbs.db", "Desktop.ini", "@eaDir"):
+        Path("masks_of_car/images", name).write_text("a file browser's")
     make("photos", "--label", "car")
     photo("retouched.jpg")
     Path("retouched.jpg").replace("masks_of_car/images/a.jpg")
     assert "images/a.jpg was not written by tools.make_masks, or changed" in error_of("photos", "--label", "car")
+
+
+@pytest.mark.parametrize("names", [("a_mask", "a_mask_1"), ("a_mask_1", "a_mask_2"), ("a_1", "a_2", "A_mask-left")])
+def test_several_label_images_of_a_photo_are_united_on_request(names):
+    photo("photos/a.jpg")
+    photo("photos/b.jpg")
+    wanted = np.zeros(SIZE, np.uint8)
+    for number, name in enumerate((*names, "b")):
+        label = np.zeros(SIZE, np.uint8)
+        label[10 * number : 10 * number + 5, :50] = 7
+        wanted[label > 0] = 255 * (name != "b")
+        Path("labels").mkdir(exist_ok=True)
+        Image.fromarray(label).save(f"labels/{name}.png")
+    message = error_of("labels", "photos", "--label", "7")
+    assert "photos/a.jpg is annotated in labels/" in message and "or add --unite" in message
+    make("labels", "photos", "--label", "7", "--unite")
+    np.testing.assert_array_equal(mask_of("a", "masks_of_7"), wanted)
+    assert np.count_nonzero(mask_of("b", "masks_of_7")) == 250
+
+
+def test_two_peoples_outlines_of_a_photo_are_united_on_request():
+    photo("photos/a.jpg")
+    write("first/a.json", labelme_file([{"points": CAR}]))
+    write("second/a.json", labelme_file([{"points": VAN}]))
+    assert "or add --unite" in error_of("first", "second", "photos")
+    make("first", "second", "photos", "--unite")
+    np.testing.assert_array_equal(mask_of("a") > 0, inside(CAR, VAN))
+    write("second/a.json", labelme_file([{"points": VAN}]) | {"imageHeight": SIZE[1], "imageWidth": SIZE[0]})
+    assert "give only one of them, for they say two sizes" in error_of("first", "second", "photos", "--unite")
 
 
 def test_hidden_files_that_the_user_added_to_the_output_are_not_lost():

@@ -318,6 +318,6 @@ def test_photos_that_end_in_mask_are_photos_where_masks_end_otherwise(drawn, tmp
     assert found == {"x_mask.gif", "x_mask_mask.gif", "y_mask.gif", "z_mask.gif"}
 
 
-def test_an_empty_suffix_tells_no_masks_from_photos(download):
-    with pytest.raises(UserError, match="--mask-suffix is empty"):
+def test_an_empty_suffix_pairs_equal_names_alone(download):
+    with pytest.raises(UserError, match=r"_01_mask.gif: is it --mask-suffix _mask\? If not"):
         split(download, "--mask-suffix", "")

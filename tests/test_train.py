@@ -105,7 +105,9 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     [
         (20, 3, "20 photos: 3 epochs are 15 steps; --num-epochs 60 takes about 4 min.\n"),
         (50, 3, "50 photos: 3 epochs are 39 steps; --num-epochs 30 takes about 2 min.\n"),
-        (1, 3, "1 photos: 3 epochs are 3 steps; --num-epochs 300 takes about 20 min.\n"),
+        (1, 3, "1 photo: 3 epochs are 3 steps; --num-epochs 300 takes about 20 min.\n"),
+        (20, 1, "20 photos: 1 epoch is 5 steps; --num-epochs 60 takes about 4 min.\n"),
+        (4, 1, "4 photos: 1 epoch is 1 step; --num-epochs 300 takes about 20 min.\n"),
         (20, 60, ""),
         (128, 3, ""),  # the quick start
     ],
@@ -113,7 +115,7 @@ def test_the_schedule_warms_up_and_ends_at_zero():
 def test_a_run_of_few_steps_says_what_more_would_take(photos, epochs, said, capsys):
     loader = SimpleNamespace(dataset=range(photos), batch_sampler=SimpleNamespace(size=4))
     state = SimpleNamespace(history=[{"seconds": 4.0}])
-    Run(state, loader, None, None, num_epochs=epochs, checkpoint_minutes=10).print_advice("photos")
+    Run(state, loader, None, None, num_epochs=epochs, checkpoint_minutes=10).print_advice("photo")
     assert capsys.readouterr().out == said
 
 

@@ -98,7 +98,7 @@ def test_a_signal_saves_and_says_how_to_continue(project, number, status):
     out = process.output()
     assert "Traceback" not in out
     epochs, images = re.search(
-        r"after (\d+) epochs and (\d+) images of the next, which my_checkpoint.pth.tar holds: continue", out
+        r"after (\d+) epochs? and (\d+) images? of the next, which my_checkpoint.pth.tar holds: continue", out
     ).groups()
     checkpoint = utils.load_checkpoint(CHECKPOINT)
     assert (checkpoint["epoch"], checkpoint["images"]) == (int(epochs), int(images))
@@ -222,7 +222,7 @@ def test_a_finished_run_says_what_to_raise_and_ends_well(project, run_train, cap
     run_train("--num-epochs", "1", "--load-model")
     out = capsys.readouterr().out
     assert (
-        "my_checkpoint.pth.tar has 1 epochs already: a larger NUM_EPOCHS continues it" in out
+        "my_checkpoint.pth.tar has 1 epoch already: a larger NUM_EPOCHS continues it" in out
         and "at training size" in out
     )
     assert CHECKPOINT.read_bytes() == before

@@ -122,7 +122,7 @@ def test_fp16_counts_the_steps_that_it_skips(project, run_train, monkeypatch, ca
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**30)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     run_train("--num-epochs", "1", "--precision", "fp16")
-    skipped = int(re.search(r"(\d+) of 16 steps were skipped", capsys.readouterr().out)[1])
+    skipped = int(re.search(r"Steps that were skipped: (\d+) of 16 steps", capsys.readouterr().out)[1])
     assert 1 <= skipped < 16
     assert all(value.isfinite().all() for value in weights().values())
 
@@ -246,6 +246,14 @@ def test_a_network_that_predicts_one_class_is_named(project, run_train, capsys):
     run_train("--num-epochs", "4")
     after_the_last_epoch = capsys.readouterr().out.split("\n    4 ")[1]
     assert "WARNING" not in after_the_last_epoch
+
+
+@pytest.mark.parametrize("flags", [[], ["--crop", "64", "64", "--batch-size", "16"]])
+def test_only_a_run_of_whole_photos_is_told_to_take_crops(project, run_train, capsys, flags):
+    leave_photos(4, 2)
+    run_train("--num-epochs", "1", "--learning-rate", "1e-9", *flags)
+    out = capsys.readouterr().out
+    assert "it predicts background for every pixel" in out and ("need crops" in out) == (not flags)
 
 
 def test_the_dice_weight_adds_soft_dice(project, run_train):

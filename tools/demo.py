@@ -3,7 +3,8 @@
     python -m tools.demo               # on http://127.0.0.1:7860; nothing leaves the machine
     python -m tools.demo --share       # and at a public address, through gradio's servers
 
-It needs gradio 6 (pip install gradio), whose variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT choose the address.
+It needs gradio 6.20 or newer (pip install --upgrade gradio), whose variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT
+choose the address.
 """
 
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 import tempfile
 from contextlib import closing, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,6 +29,7 @@ from machinery.report import pooled
 from machinery.settings import Parser
 from predict import Predictor, enlarge, find_photos, load_model
 
+GRADIO = 6, 20  # older ones lack parts of the page, or load scripts from elsewhere
 SHOWN = 1280  # pixels of the longer side of what is shown; what is downloaded has the photo's own size
 SECONDS = 3600  # that photos and results are kept; the end of the program removes them, too
 CHECKERS = Image.fromarray(np.kron(np.indices((80, 80)).sum(0) % 2 * 39 + 216, np.ones((16, 16))).astype(np.uint8))
@@ -107,6 +110,21 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
     return page
 
 
+def import_gradio() -> ModuleType:
+    """Return the package gradio. Raises UserError where it is missing or too old, before it is imported and fails."""
+    try:
+        found = version("gradio")
+        if tuple(map(int, re.findall(r"\d+", found)[:2])) < GRADIO:
+            raise ImportError(f"this is {found}")
+        import gradio
+    except ImportError as error:  # version's, too
+        wanted = ".".join(map(str, GRADIO))
+        raise UserError(f"tools.demo needs gradio {wanted} or newer ({error}): pip install --upgrade gradio") from error
+    except ValueError as error:
+        raise UserError(f"GRADIO_SERVER_PORT is no number ({error}): set it to one, such as 7860") from error
+    return gradio
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m tools.demo", __doc__)
     parser.add_argument("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
@@ -114,13 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--share", action="store_true", help="gives the page a public address, too")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # where gradio keeps files; no statistics
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-        try:
-            import gradio as gr
-        except ImportError as error:
-            raise UserError(f"tools.demo needs gradio ({error}): pip install gradio") from error
-        except ValueError as error:
-            raise UserError(f"GRADIO_SERVER_PORT is no number ({error}): set it to one, such as 7860") from error
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
+        gr = import_gradio()
         model, examples = load_model(args.checkpoint, args.device), []
         with suppress(KeyError, TypeError, UserError):  # four photos of the validation set, or none where they are gone
             folder_of_photos = Path(utils.load_checkpoint(Path(args.checkpoint))["settings"]["val_img_dir"])
@@ -133,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         with closing(make_page(gr, model, examples)) as page:
             page.queue(max_size=32)
             try:
-                page.launch(share=args.share, theme=theme, ssr_mode=False, footer_links=[], run_history=False)
+                page.launch(share=args.share, theme=theme, ssr_mode=False, footer_links=[])
             except OSError as error:
                 reason = str(error).partition(".")[0]
                 raise UserError(f"no page there ({reason}): correct GRADIO_SERVER_NAME, GRADIO_SERVER_PORT") from error

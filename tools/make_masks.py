@@ -32,13 +32,26 @@ from PIL import Image
 from tqdm import tqdm
 
 from machinery.decoding import NUM_THREADS, VOID, Note, holds_void, opened, orientation_of, upright, upright_size
-from machinery.errors import UserError, run
-from machinery.files import MASK_SUFFIX, SUFFIXES, free_name, is_image, key_of, link_or_copy, nfc, stem_of
+from machinery.errors import UserError, counted, reason_of, remedy_of, run
+from machinery.files import (
+    CLUTTER,
+    MASK_SUFFIX,
+    SUFFIXES,
+    files_below,
+    files_in,
+    free_name,
+    if_stale,
+    image_of,
+    is_image,
+    key_of,
+    link_or_copy,
+    nfc,
+    stem_of,
+)
 from machinery.settings import Parser
 from machinery.shapes import line_rings, polygon_mask
 from tools.annotations import Annotation, label_image, read_file, reading
 
-BROWSERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers write them (and ._ files) into any folder
 MANIFEST = "make_masks.json"  # in the output folder: what was written, so that nothing else is ever replaced
 Pair = tuple[Annotation, Path | None]  # with its photo; None where only the annotation's file holds it
 
@@ -60,10 +73,13 @@ class Photos:
     def photo_of(self, annotation: Annotation) -> Path | None:
         """Return an annotation's photo, or None where only its file holds it. Raises UserError.
 
-        After photos and files were renamed together, the name in the file is that of no photo, or of another one.
+        After photos and files were renamed together, the name in the file is that of no photo, or of another one. A
+        label image may be one of several of its photo: x_mask_1 of x.
         """
         file = annotation.file
         found = self.find(annotation.photo, file) or self.find(name_in_address(annotation.photo), file)
+        if not found and is_image(file) and (stem := image_of(key_of(file.stem), self.paths, MASK_SUFFIX)):
+            found = self.find(stem, file)
         own = None
         if annotation.has_photos_name and not (found and key_of(file.stem) in (key_of(found.stem), key_of(found.name))):
             own = self.find(file.stem, file)
@@ -115,18 +131,17 @@ def count_same(pairs: Iterable[tuple[str, str]]) -> int:
 def list_files(sources: list[Path]) -> tuple[list[Path], list[Path]]:
     """List the files that are given, with those in the folders, and the images among and beside them, each once.
 
-    Hidden files and what tools.make_masks wrote are left out.
+    Clutter and what tools.make_masks wrote are left out.
     """
     files, images = [], []
     for source in sources:
         if not source.exists():
             raise UserError(f"{source} does not exist: correct the path")
         folder = source if source.is_dir() else source.parent
-        below = sorted(source.rglob("*") if source.is_dir() else folder.iterdir())
+        below = files_below(source) if source.is_dir() else list(filter(Path.is_file, files_in(folder)))
         ours = {path.parent for path in below if path.name == MANIFEST}
         for path in below:
-            is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if is_hidden or not path.is_file() or ours.intersection(path.parents):
+            if ours.intersection(path.parents):
                 continue
             if is_image(path):
                 images.append(path)
@@ -155,15 +170,16 @@ def read_sources(sources: list[Path]) -> tuple[list[Annotation], Photos]:
             "channel (docs/annotation.md lists the formats)"
         )
     if unknown:
-        print(f"Passed over, because they are no annotations: {len(unknown)} files, such as {unknown[0]}")
+        files = counted(len(unknown), "file")
+        print(f"Passed over, because they are no annotations: {files}, such as {unknown[0]}")
     return annotations, photos
 
 
-def match(annotations: list[Annotation], photos: Photos) -> list[Pair]:
+def match(annotations: list[Annotation], photos: Photos, is_united: bool) -> list[Pair]:
     """Pair annotations with their photos.
 
-    What one file says of a photo in several places, as COCO does under two ids, is united. Raises UserError for a photo
-    that is missing, or annotated in two files.
+    What one file says of a photo in several places, as COCO does under two ids, is united; what several files say of
+    it, if `is_united`. Raises UserError for a photo that is missing, or annotated in several files otherwise.
     """
     pairs: dict[Path, Pair] = {}
     for annotation in annotations:
@@ -172,8 +188,9 @@ def match(annotations: list[Annotation], photos: Photos) -> list[Pair]:
             known, _ = pairs.setdefault(photo.resolve() if photo else annotation.file, (annotation, photo))
             if known.file == annotation.file and known.size != annotation.size:
                 raise ValueError(f"{annotation.photo} has two sizes in it")
-        if known.file != annotation.file:
+        if known.file != annotation.file and not (is_united and known.size == annotation.size):
             advice = "give only one of them"
+            advice += ", for they say two sizes" if is_united else ", or add --unite, which takes what both show"
             if annotation.is_prediction or known.is_prediction:
                 advice += ", or add --corrected to leave out predictions"
             raise UserError(f"{photo} is annotated in {known.file} and in {annotation.file}: {advice}")
@@ -327,7 +344,8 @@ def check_ours(folder: Path) -> None:
             known = dict(json.loads((folder / MANIFEST).read_text("utf-8")))
     for path in sorted(folder.rglob("*")):
         name, is_folder = path.relative_to(folder).as_posix(), path.is_dir() and not path.is_symlink()
-        if is_folder or name == MANIFEST or path.name in BROWSERS or path.name.startswith("._"):
+        is_clutter = path.name.startswith("._") or CLUTTER.intersection(map(str.casefold, Path(name).parts))
+        if is_folder or name == MANIFEST or is_clutter:
             continue
         if name not in known or known[name] != checksum(path):
             raise UserError(
@@ -350,11 +368,12 @@ def hidden_folder(output: Path) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
     if others := {path.name for path in folder.iterdir()} - {"lock", "new", "old"}:
         raise UserError(f"{folder / others.pop()} was not written by tools.make_masks: move it away")
-    lock = FileLock(folder / "lock", timeout=0)
+    lock_file = folder / "lock"
+    lock = FileLock(lock_file, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError(f"{output} is being written by another run: wait for it") from error
+        raise UserError(f"{output} is being written by another run: wait for it{if_stale(lock_file)}") from error
     except (OSError, NotImplementedError):  # a disk without locks
         pass
     try:
@@ -445,6 +464,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--line-width", type=int, metavar="N", help="draws lines, N pixels wide, which have no area otherwise")
     add("--skip-empty", action="store_true", help="leaves out photos without an object")
     add("--corrected", action="store_true", help="leaves out predict.py's files that nobody has saved since")
+    add("--unite", action="store_true", help="takes several files of a photo together, such as x_mask_1 and x_mask_2")
     add("--output-dir", type=Path, help="where images/ and masks/ are written [masks_of_<label>]")
     args = parser.parse_args(argv)
     if args.line_width is not None and args.line_width < 1:
@@ -460,13 +480,12 @@ def main(argv: list[str] | None = None) -> None:
             draw_lines(annotations, args.line_width)
         args.label = choose_labels(annotations, args.label, args.ignore_label)
         args.output_dir = args.output_dir or Path("_".join(("masks_of", *map(plain, args.label))))
-        matched = match(annotations, photos)
+        matched = match(annotations, photos, args.unite)
         pairs = leave_out_unclear(matched, args.label, args.ignore_label)
         rows = make(pairs, args)
     except OSError as error:
-        raise UserError(
-            f"{error.filename}: {error.strerror}: make room there, or choose another --output-dir"
-        ) from error
+        advice = f"{remedy_of(error)}, or choose another --output-dir"
+        raise UserError(f"{error.filename}: {reason_of(error)}: {advice}") from error
     print_table([annotation for annotation, _ in pairs], rows, args)
     if unclear := len(matched) - len(pairs):
         shapes = "points, lines, or boxes of COCO and YOLO"
