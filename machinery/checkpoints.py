@@ -21,7 +21,7 @@ from machinery import processes
 from machinery.decoding import Rule, rule_from
 from machinery.encoders import Encoder, encoder_normalisation
 from machinery.errors import UserError, counted, reason_of, remedy_of
-from machinery.files import is_locked, link_or_copy, lock_of, locked, remove_leftovers, saving
+from machinery.files import is_locked, link_or_copy, lock_of, locked, remove_leftovers, saving, sync
 from machinery.sample_data import use_sample_if_empty
 from machinery.samples import Samples
 from machinery.settings import LARGEST, is_number
@@ -43,17 +43,7 @@ def save(state: dict, path: Path, previous: Path | None = None) -> None:
         torch.save(state, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names of files in a folder outlive a power cut, on systems that can."""
-    with suppress(OSError):  # Windows opens no folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync(path.parent)
 
 
 def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:

@@ -8,7 +8,7 @@ import pytest
 from killed import is_killed
 
 from machinery.errors import UserError
-from machinery.files import find_pairs
+from machinery.files import find_pairs, locked
 from tools import split_data
 
 
@@ -321,3 +321,17 @@ def test_photos_that_end_in_mask_are_photos_where_masks_end_otherwise(drawn, tmp
 def test_an_empty_suffix_pairs_equal_names_alone(download):
     with pytest.raises(UserError, match=r"_01_mask.gif: is it --mask-suffix _mask\? If not"):
         split(download, "--mask-suffix", "")
+
+
+def test_two_splits_into_one_folder_do_not_meet(download):
+    with locked(Path("data/.split.lock"), "a first split"), pytest.raises(UserError, match="in use by another run"):
+        split(download)
+    split(download)
+    check()
+
+
+def test_a_zip_that_unpacks_to_more_than_the_disk_has_is_not_unpacked(download, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="are packed, and 0.0 GB are free in data: make room there"):
+        split(download)
+    assert not any(Path("data/.split/images").iterdir())
