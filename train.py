@@ -212,7 +212,7 @@ def train(s: SimpleNamespace) -> None:
     run = Run(state, train_loader, writer, report, s.num_epochs, s.checkpoint_minutes)
     losses = partial(image_losses, dice_weight=s.dice_weight)
     with closing(train_loader), closing(val_loader), run.until_stopped():
-        print(f"Training on {device}, {s.batch_size} images a step.")
+        print(f"Training on {device}; images in a step: {s.batch_size}.")
         run.print_names(score_names())
         while len(state.history) < s.num_epochs:
             train_epoch(run, device, s)

@@ -28,7 +28,7 @@ with suppress(ImportError):  # it is optional, and reads the photos of iPhones
 
 cv2.setNumThreads(0)  # several threads or workers call it on small samples: OpenCV's own threads would compete
 Image.MAX_IMAGE_PIXELS = 300_000_000  # Pillow warns above, and refuses twice that; a telephone's photo may have 200
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of what it reads all the same
 Image.core.set_blocks_max(16)  # Pillow keeps memory that it would give back: decoding in full takes half the time
 
 PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the colours of an ICC profile -> Pillow's mode

@@ -91,7 +91,7 @@ def choose_device(name: str, precision: str = "auto", **normalisation: tuple[flo
     if wanted == "cuda":
         wanted = f"cuda:{processes.LOCAL_RANK}"
         if 0 < torch.cuda.device_count() <= processes.LOCAL_RANK:
-            raise UserError(f"there are {torch.cuda.device_count()} GPUs here: set --nproc_per_node to that")
+            raise UserError(f"there are fewer GPUs here, {torch.cuda.device_count()}: set --nproc_per_node to that")
     try:
         device = torch.device(wanted)
         if device.type not in ("cpu", "cuda", "mps"):

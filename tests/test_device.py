@@ -129,7 +129,7 @@ def test_each_process_of_a_machine_gets_a_gpu_of_its_own(gpus, monkeypatch):
 def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     gpus(2)
     torchrun(monkeypatch, 3, local_rank=2)
-    with pytest.raises(UserError, match=r"there are 2 GPUs here: set --nproc_per_node to that"):
+    with pytest.raises(UserError, match=r"there are fewer GPUs here, 2: set --nproc_per_node to that"):
         device.choose_device("auto")
 
 

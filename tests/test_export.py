@@ -98,7 +98,7 @@ def test_a_network_of_crops_takes_parts_of_photos_at_its_scale(folder, drawn, ca
         model, 32, 64, preprocessing=PREPROCESSING | {"height": 32, "width": 64, "scale": 0.75}, settings=settings
     )
     run()  # photos of 48 x 72 pixels then
-    assert "Comparing on 32 of the 32 photos" in capsys.readouterr().out
+    assert "Comparing on 32 of 32 photos" in capsys.readouterr().out
     session, model = onnxruntime.InferenceSession("car.onnx"), predict.load_model(CHECKPOINT, "cpu", "fp32")
     metadata = session.get_modelmeta().custom_metadata_map
     assert (metadata["height"], metadata["width"], metadata["scale"]) == ("32", "64", "0.75")
@@ -111,7 +111,7 @@ def test_the_lines_of_the_documentation_give_the_masks_of_predict(folder, drawn,
     settings = {"val_img_dir": str(drawn / "val_images"), "val_mask_dir": str(drawn / "val_masks")}
     save_network(network_for_dark_things(), 144, 192, settings=settings, history=[{"dice": 0.12341}])
     run()
-    assert "Comparing on 32 of the 32 photos" in capsys.readouterr().out
+    assert "Comparing on 32 of 32 photos" in capsys.readouterr().out
     metadata = onnxruntime.InferenceSession("car.onnx").get_modelmeta().custom_metadata_map
     assert metadata == {
         "software": export.SOFTWARE,

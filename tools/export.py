@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import utils
 from dataset import cut
 from machinery.decoding import NUM_THREADS, VOID, in_threads, large_ones_wait, read_sample
-from machinery.errors import UserError, run
+from machinery.errors import UserError, counted, run
 from machinery.files import MASK_SUFFIX, check_writable, find_pairs, saving
 from machinery.sample_data import VIEWS, draw_photo
 from machinery.settings import Parser
@@ -112,7 +112,7 @@ def comparison_set(model: Predictor, settings: dict) -> tuple[np.ndarray, np.nda
             return cut(image, mask, np.subtract(mask.shape, model.window) // 2, model.window)
 
     chosen = pairs[:: math.ceil(len(pairs) / PHOTOS)]
-    print(f"Comparing on {len(chosen)} of the {len(pairs)} photos in {folders[0]}.")
+    print(f"Comparing on {len(chosen)} of {counted(len(pairs), 'photo')} in {folders[0]}.")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         samples = [future.result() for future in in_threads(pool, 2 * NUM_THREADS, read, chosen)]
     return tuple(np.stack(parts) for parts in zip(*samples, strict=True))
