@@ -176,7 +176,10 @@ def deep_colours(name: str, channels: int, orientation: int) -> Path:
         (count,) = struct.unpack_from("<H", data, start)
         entries = [data[start + 2 + 12 * k : start + 14 + 12 * k] for k in range(count)]
         entries = [entry for entry in entries if entry[:2] != struct.pack("<H", 274)]
-        entries = sorted([*entries, struct.pack("<HHIHH", 274, 3, 1, orientation, 0)], key=lambda e: e[1::-1])
+        entries.append(struct.pack("<HHIHH", 274, 3, 1, orientation, 0))
+        if channels == 4:  # which OpenCV does not call opacity
+            entries.append(struct.pack("<HHIHH", 338, 3, 1, 2, 0))
+        entries = sorted(entries, key=lambda e: e[1::-1])
         directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
         Path(name).write_bytes(data[:4] + struct.pack("<I", len(data)) + data[8:] + directory)
     return Path(name)
