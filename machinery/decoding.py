@@ -27,7 +27,7 @@ Image.core.set_blocks_max(16)  # Pillow keeps memory that it would give back: de
 PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the colours of an ICC profile -> Pillow's mode
 
 DARK = 32  # of 255: below it a mask's values are labels, or in a JPEG noise
-SOFT = 0.5  # the softness from which a mask is soft: labels have up to 0.2, soft edges and noise 0.7 and more
+SOFT = 0.35  # the softness from which a mask is soft: labels have up to 0.2, soft edges and noise 0.5 and more
 READINGS = {("labels",): True, ("brightness",): False}  # words instead of FOREGROUND_VALUES -> Rule.is_labels
 WHITES = 1, 255, 65535  # the brightest values of soft masks, where nothing else is known of a type
 VOID = 255  # in a decoded mask: nobody says what is there
@@ -451,7 +451,8 @@ def softness_of(codes: np.ndarray, values: np.ndarray, used: np.ndarray) -> floa
     values, which tell nothing; 1 for fractions, which are no labels.
 
     Args:
-        codes, values: (H, W), of which about a hundred rows and columns are looked at, and the value of each code.
+        codes, values: (H, W), and the value of each code; of 1918 x 1280 pixels some 60 rows and columns are looked at,
+            which takes 3 ms.
         used: the values that occur.
     """
     if len(used) < 5:
@@ -461,7 +462,7 @@ def softness_of(codes: np.ndarray, values: np.ndarray, used: np.ndarray) -> floa
     low, high = float(used.min()), float(used.max())
     is_white = any(1 - DARK / 255 < high / white <= 1 for white in WHITES[1:])
     soft = total = 0
-    for lines in (codes[:: math.ceil(codes.shape[0] / 100)], codes[:, :: math.ceil(codes.shape[1] / 100)].T):
+    for lines in (codes[:: math.ceil(codes.shape[0] / 50)], codes[:, :: math.ceil(codes.shape[1] / 50)].T):
         lines = values.astype(np.float32)[lines]
         steps, is_middle = np.diff(lines), (lines > low) & (lines < high)
         counted = (steps != 0) & (is_middle[:, 1:] | is_middle[:, :-1])

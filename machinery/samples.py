@@ -144,7 +144,7 @@ class Samples:
         if self.infos is None:
             self.infos = np.array([row[1] for row in self._decode_all(keys, {}, None)], INFO)
         for state, value in (("empty", 0), ("full", 1)):
-            if (self.infos["foreground"] == value).all():
+            if (abs(self.infos["foreground"] - value) < 1e-9).all():  # but for rounding
                 size = f"SCALE {self.size}" if isinstance(self.size, float) else "{1} x {0} pixels".format(*self.size)
                 raise UserError(f"every mask in {self.mask_dir} is {state} at {size}: {self._advice()}")
 
@@ -360,19 +360,19 @@ def describe_values(rule: Rule, chosen: tuple | None, notes: list[Note]) -> list
     if rule.is_labels is False:
         line = "values of the masks: many or fractions: foreground is above half of the brightest"
         if unsure:
-            line += f" (--foreground-values labels takes all but 0: {100 * (whole / bright - 1):.0f} % more)"
+            line += f" (--foreground-values labels takes all but 0, which is {100 * (whole / bright - 1):.0f} % more)"
         ones = sum(note.is_zeros_and_ones for note in notes)
         meaning = "foreground" if rule.ones else "background, because it covers little"
         return [line, f"masks of 0 and 1 beside them: {ones}, in which 1 is {meaning}"][: 1 + bool(ones)]
     most = max((note.brightest for note in notes if note.values is None and note.softness is not None), default=0)
     if len(foreground) < 2 and not most:
         return []
-    line = f"labels up to {max(most, *foreground):g}" if most or len(foreground) > 32 else listed(foreground)
+    line = f"labels up to {max([most, *foreground]):g}" if most or len(foreground) > 32 else listed(foreground)
     if rule.chosen is not None:
         return [f"values of the masks: {line}: foreground is {', '.join(f'{value:g}' for value in rule.chosen)}"]
     line = f"values of the masks: {line}: all are foreground; FOREGROUND_VALUES chooses"
     if unsure:
-        line += f' ("brightness" takes what is above half of the brightest: {100 * (1 - bright / whole):.0f} % less)'
+        line += f" (--foreground-values brightness leaves out {100 * (1 - bright / whole):.0f} % of them)"
     return [line]
 
 
