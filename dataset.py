@@ -67,9 +67,7 @@ class CarvanaDataset(Samples, Dataset):
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         return image, mask
 
-    def prepare(
-        self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
-    ) -> None:
+    def prepare(self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple | None = None) -> None:
         """Check the augmentation, which is quick, and decode the pairs as Samples does."""
         if self.augmentation is not None:
             check_transforms(self.augmentation, self.window)
@@ -136,9 +134,7 @@ class CropDataset(CarvanaDataset):
         height, width = self.crop
         return height + 2 * self.margin, width + 2 * self.margin
 
-    def prepare(
-        self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
-    ) -> None:
+    def prepare(self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple | None = None) -> None:
         """Prepare the photos, and check that crops are no larger than all of them."""
         super().prepare(cache_dir, rule, foreground_values)
         height, width = np.max([self.size_of(photo) for photo in range(len(self.pairs))], 0)

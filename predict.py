@@ -59,6 +59,7 @@ from machinery.files import (
     matches_of,
     other_suffix,
     passed_over,
+    remove_leftovers,
     save_metrics,
     stem_of,
 )
@@ -519,6 +520,8 @@ def main(argv: list[str] | None = None) -> None:
     if is_written_over_time:
         check_writable(args.submission.parent, "--submission")
     with locked(lock_of(args.submission), f"--submission {args.submission}") if is_written_over_time else nullcontext():
+        if is_written_over_time:
+            remove_leftovers(args.submission.parent, args.submission.name)
         predict_photos(photos, model, args)
 
 

@@ -40,7 +40,7 @@ TRAIN_MASK_DIR = "data/train_masks"
 VAL_IMG_DIR = "data/val_images"
 VAL_MASK_DIR = "data/val_masks"
 MASK_SUFFIX = "_mask"  # the mask of xxx.jpg is xxx_mask.gif (or .png, ...), or plain xxx.png
-FOREGROUND_VALUES: tuple[int, ...] | None = None  # of masks with several labels, the foreground's; None takes all but 0
+FOREGROUND_VALUES: tuple[int, ...] | str | None = None  # (15,): of the masks' labels; "labels": all but 0; "brightness"
 CACHE_DIR: str | None = "data/cache"  # for decoded photos, 4 bytes a pixel; None decodes them in every epoch
 
 # The network, and the size at which it sees photos. Larger finds finer edges; time and memory grow with the area.

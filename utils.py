@@ -1,6 +1,7 @@
 """What training and prediction share: loaders, checkpoints, pixel accuracy / Dice / IoU, saved masks."""
 
 import atexit
+import multiprocessing
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from dataset import Batches, CarvanaDataset
 from machinery import checkpoints, processes
 from machinery.decoding import VOID
 from machinery.device import Device, choose_num_workers
+from machinery.errors import UserError
 from machinery.processes import progress
 from machinery.report import pooled, save_grid
 from model import build_network
@@ -32,10 +34,20 @@ class Loader(DataLoader):
             at_exit = weakref.WeakMethod(self.close)
             atexit.register(lambda: (close := at_exit()) and close())  # or Python would wait for its workers for ever
         with processes.signals_blocked() if self.num_workers else nullcontext():
-            batches = super().__iter__()
+            batches = self._started()
         for batch in batches:
             processes.stop_if_asked()
             yield batch
+
+    def _started(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Start the workers. Raises UserError where the system starts no more processes."""
+        try:
+            return super().__iter__()
+        except OSError as error:
+            for worker in multiprocessing.active_children():  # those that it has started ignore milder signals
+                worker.kill()
+            advice = "set NUM_WORKERS lower, or to 0"
+            raise UserError(f"{self.num_workers} workers cannot be started ({error.strerror}): {advice}") from error
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, from the image at position `start` on.

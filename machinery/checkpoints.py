@@ -21,7 +21,7 @@ from machinery import processes
 from machinery.decoding import Rule, rule_from
 from machinery.encoders import Encoder, encoder_normalisation
 from machinery.errors import UserError, counted, reason_of, remedy_of
-from machinery.files import is_locked, lock_of, locked, remove_leftovers, saving
+from machinery.files import is_locked, link_or_copy, lock_of, locked, remove_leftovers, saving, sync
 from machinery.sample_data import use_sample_if_empty
 from machinery.samples import Samples
 from machinery.settings import LARGEST, is_number
@@ -43,17 +43,7 @@ def save(state: dict, path: Path, previous: Path | None = None) -> None:
         torch.save(state, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names of files in a folder outlive a power cut, on systems that can."""
-    with suppress(OSError):  # Windows opens no folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync(path.parent)
 
 
 def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
@@ -172,9 +162,11 @@ def set_aside(path: Path) -> None:
     while not is_free(sibling(path, f"_{number}")):
         number += 1
     kept = sibling(path, f"_{number}")
-    for tag in TAGS:
-        if sibling(path, tag).exists():
-            sibling(path, tag).replace(sibling(kept, tag))
+    files = {sibling(path, tag): sibling(kept, tag) for tag in TAGS if sibling(path, tag).exists()}
+    for file, target in files.items():  # all have their new names before one loses its old one, so that a kill leaves
+        link_or_copy(file, target)  # a whole set
+    for file in reversed(files):  # the newest last: until then LOAD_MODEL continues it
+        file.unlink()
     print(f"{path} of an earlier run is now {kept} (LOAD_MODEL = True would have continued it).")
 
 
@@ -254,7 +246,7 @@ def restore(optimizer: torch.optim.Optimizer, name: str, state: dict) -> None:
         if name != (now := type(optimizer).__name__):
             raise ValueError(f"{name}, not {now}")
         optimizer.load_state_dict(state)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint is of another optimizer ({error}): use that one, or train anew") from error
     for group, options in zip(optimizer.param_groups, todays, strict=True):
         group |= options | {name: group[name] for name in ("params", "lr")}  # today's LEARNING_RATE and so on

@@ -345,6 +345,16 @@ def copy_file(file: Path, target: Path) -> None:
         shutil.copyfile(file, temporary)
 
 
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, outlive a power cut, on systems that can."""
+    with suppress(OSError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def link_or_copy(file: Path, target: Path) -> None:
     """Link a file to `target`, which takes no space, or copy it where the disk knows no hard links."""
     try:

@@ -238,6 +238,8 @@ class Submission:
                 if name in missing:  # once, should two runs have added it
                     missing.remove(name)
                     table.writerow((name, runs))
+            if is_complete and missing:  # another run has deleted them
+                raise UserError(f"{self.path} lacks {len(missing)} rows, such as {min(missing)}'s: run it again")
         if is_complete:
             for part in self.parts():
                 part.unlink()

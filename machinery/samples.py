@@ -37,7 +37,7 @@ from machinery.decoding import (
 from machinery.errors import UserError, counted, reason_of
 from machinery.files import MASK_SUFFIX, files_in, find_pairs, in_turn, is_locked, passed_over, written_whole
 
-DECODER = 4  # part of the cache's key: raise it when decoding changes
+DECODER = 5  # part of the cache's key: raise it when decoding changes
 SMALL = 2**20  # bytes of masks whose content is part of the key, too
 
 # What is known of a pair: the photo's original size; the shares of foreground in the known part of the sample's mask,
@@ -82,7 +82,7 @@ class Samples:
         self.infos: np.ndarray | None = None  # (n,) of INFO
         self.notes: list[Note] = []
         self.rule: Rule | None = None
-        self.chosen: tuple[float, ...] | None = None
+        self.chosen: tuple | None = None  # what was to be foreground
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the decoded pair, uint8 image (H, W, 3) and mask (H, W), from the cache if there is one."""
@@ -121,13 +121,11 @@ class Samples:
         fields = [name for name in INFO.names if name not in optional | {"places"}]
         return _digest([image.name for image, _ in self.pairs], self.infos[fields].tolist())
 
-    def prepare(
-        self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple[float, ...] | None = None
-    ) -> None:
+    def prepare(self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple | None = None) -> None:
         """Decode every pair once, which checks it, and keep the samples in a memory-mapped file in cache_dir.
 
         By the rule, if one is given, else by that which these files make: each is read as it suggests itself, and those
-        that the whole set contradicts are read again. `foreground_values` are then the rule's `chosen`.
+        that the whole set contradicts are read again. `foreground_values` are then what Rule.of calls `chosen`.
 
         The file serves later runs while the names, sizes and times of all files and the content of masks stay as they
         are; after a change, samples of unchanged files are copied from it. It appears when it is complete. With
@@ -147,12 +145,17 @@ class Samples:
         if self.infos is None:
             self.infos = np.array([row[1] for row in self._decode_all(keys, {}, None)], INFO)
         for state, value in (("empty", 0), ("full", 1)):
-            if (self.infos["foreground"] == value).all():
+            if (abs(self.infos["foreground"] - value) < 1e-9).all():  # but for rounding
                 size = f"SCALE {self.size}" if isinstance(self.size, float) else "{1} x {0} pixels".format(*self.size)
-                raise UserError(
-                    f"every mask in {self.mask_dir} is {state} at {size}: masks must be white on the object and "
-                    "black elsewhere, and objects larger than a pixel"
-                )
+                raise UserError(f"every mask in {self.mask_dir} is {state} at {size}: {self._advice()}")
+
+    def _advice(self) -> str:
+        """Return what to do where no mask, or every pixel of the masks, is foreground."""
+        shares = value_shares([note for note in self.notes if note.kind != "colours"])
+        if len(shares) < 2:
+            return "masks must be white on the object and black elsewhere, and objects larger than a pixel"
+        foreground = min(shares.keys() - {0}, key=shares.get)
+        return f"they hold {listed(shares)}: choose the object's, such as --foreground-values {foreground:g}"
 
     def _cached(self, cache_dir: Path, keys: list[tuple]) -> np.ndarray:
         """Find or build the file for these keys, and serve from it. Raises OSError where it cannot be written."""
@@ -297,7 +300,8 @@ class Samples:
         """Return the rule that the notes make. Raises UserError."""
         rule = Rule.of(self.notes, self.chosen)
         labels = sorted({value for note in self.notes for value, _ in note.values or [] if value})
-        if missing := set(self.chosen or ()) - set(labels):
+        most = max((note.brightest for note in self.notes if not note.values and rule.is_labels), default=0)
+        if missing := {value for value in rule.chosen or () if value not in labels and value > most}:
             listed = f"choose from {', '.join(f'{value:g}' for value in labels if not rule.has_void or value != 255)}"
             raise UserError(
                 f"FOREGROUND_VALUES: {', '.join(f'{value:g}' for value in sorted(missing))} is in no mask of "
@@ -342,21 +346,42 @@ def describe_rule(data: Samples) -> list[str]:
     rule, lines = data.rule, []
     if rule.low is not None:
         lines.append(f"photos with more than 8 bits a channel: {rule.low:.6g} becomes 0, {rule.high:.6g} becomes 255")
-    shares = value_shares(data.notes)
-    foreground = [value for value in sorted(shares) if value and not (rule.has_void and value == 255)]
-    if rule.is_labels and len(foreground) > 1:
-        listed = ", ".join(f"{value:g} ({100 * shares[value]:.1f} %)" for value in foreground)
-        chosen = "all are foreground; FOREGROUND_VALUES chooses"
-        if rule.chosen is not None:
-            chosen = f"foreground is {', '.join(f'{value:g}' for value in rule.chosen)}"
-        lines.append(f"values of the masks: {listed}: {chosen}")
-    if not rule.is_labels and rule.chosen is None:
-        lines.append("values of the masks: many or fractions: foreground is above half of the brightest")
+    lines += describe_values(rule, data.chosen, data.notes)
     if rule.has_void:
         lines.append(
             f"void (255) in the masks: {100 * data.infos['void'].mean():.1f} %, ignored in the loss and in all scores"
         )
     return lines
+
+
+def listed(shares: dict[float, float]) -> str:
+    """Return values and their shares of the pixels, such as "1 (80.0 %), 2 (20.0 %)"."""
+    return ", ".join(f"{value:g} ({100 * share:.1f} %)" for value, share in sorted(shares.items()))
+
+
+def describe_values(rule: Rule, chosen: tuple | None, notes: list[Note]) -> list[str]:
+    """Say what the values of the masks mean, where there are more than two, and how much hangs on it."""
+    shares = value_shares(notes)
+    foreground = {value: share for value, share in shares.items() if value and not (rule.has_void and value == 255)}
+    unsure = [note for note in notes if note.softness is not None and chosen is None]
+    whole, bright = (sum(getattr(note, name) for note in unsure) for name in ("not_black", "bright"))
+    if rule.is_labels is False:
+        line = "values of the masks: many or fractions: foreground is above half of the brightest"
+        if unsure:
+            line += f" (--foreground-values labels takes all but 0, which is {100 * (whole / bright - 1):.0f} % more)"
+        ones = sum(note.is_zeros_and_ones for note in notes)
+        meaning = "foreground" if rule.ones else "background, because it covers little"
+        return [line, f"masks of 0 and 1 beside them: {ones}, in which 1 is {meaning}"][: 1 + bool(ones)]
+    most = max((note.brightest for note in notes if note.values is None and note.softness is not None), default=0)
+    if len(foreground) < 2 and not most:
+        return []
+    line = f"labels up to {max([most, *foreground]):g}" if most or len(foreground) > 32 else listed(foreground)
+    if rule.chosen is not None:
+        return [f"values of the masks: {line}: foreground is {', '.join(f'{value:g}' for value in rule.chosen)}"]
+    line = f"values of the masks: {line}: all are foreground; FOREGROUND_VALUES chooses"
+    if unsure:
+        line += f" (--foreground-values brightness leaves out {100 * (1 - bright / whole):.0f} % of them)"
+    return [line]
 
 
 def describe(train: Samples, val: Samples) -> str:

@@ -46,10 +46,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help shows all flags)")
 
 
-def whole_number_or_none(text: str) -> int | str:
-    """Return the number that a flag's text is, or the text where it is "none"."""
-    if text.lower() == "none" or re.fullmatch(r"-?\d+", text):
-        return text if text.lower() == "none" else int(text)
+def whole_number_or_word(text: str) -> int | str:
+    """Return the number that a flag's text is, or the text where it is a word, such as "none"."""
+    if text.isalpha() or re.fullmatch(r"-?\d+", text):
+        return text if text.isalpha() else int(text)
     raise argparse.ArgumentTypeError(f"{text} is no whole number")
 
 
@@ -105,7 +105,7 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
             options["action"] = argparse.BooleanOptionalAction
         elif is_tuple:
             kind = type(default[0]) if default else int
-            options |= {"type": whole_number_or_none if constant.may_be_none else kind, "nargs": "+", "metavar": "N"}
+            options |= {"type": whole_number_or_word if constant.may_be_none else kind, "nargs": "+", "metavar": "N"}
         else:
             options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
         parser.add_argument("--" + name.lower().replace("_", "-"), **options)
@@ -184,8 +184,10 @@ def check_settings(s: SimpleNamespace, size_multiple: Callable[[tuple], int], pr
         ("encoder", str | None, lambda v: v != "", 'the name of a network of timm, such as "resnet34", or to None'),
         ("encoder_weights", str | None, lambda v: v != "", "a file with the weights of ENCODER, or to None"),
         ("foreground_values", tuple | None,
-         lambda v: v is None or (v and all(type(f) in number and 0 < abs(f) < 2**32 for f in v)),
-         "labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to None"),
+         lambda v: v in (None, ("labels",), ("brightness",))
+         or (v and all(type(f) in number and 0 < abs(f) < 2**32 for f in v)),
+         'labels other than 0, such as (15,) or (1, 2), with a flag --foreground-values 1 2, or to "labels", '
+         '"brightness" or None'),
         ("mask_suffix", str, lambda v: not v.lower().endswith(SUFFIXES),
          "what follows a photo's name in its mask's, without .png, such as _mask"),
         ("num_epochs", int, lambda v: 1 <= v <= 10**9, "a whole number, at least 1 and at most 10**9"),

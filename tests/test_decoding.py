@@ -20,7 +20,7 @@ import predict
 import train
 import utils
 from dataset import CarvanaDataset
-from machinery.decoding import VOID, Rule, decode_mask, read_image, read_mask
+from machinery.decoding import VOID, Rule, decode_mask, read_image, read_mask, rule_from
 from machinery.device import Device
 from machinery.errors import UserError
 from machinery.samples import describe
@@ -143,21 +143,56 @@ def test_few_levels_of_many_are_learned_and_a_photo_alone_gives_the_same_mask():
     assert np.array_equal(one, same) and 0 < (one > 0).mean() < 0.5
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (np.nan, r"p03\.tif is no readable image \(it holds nan or infinity\)"),
-        (-np.inf, r"p03\.tif is no readable image \(it holds nan or infinity\)"),
-    ],
-)
-def test_photos_that_are_no_numbers_are_named(values, message):
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_photos_that_are_no_numbers_are_named(value):
     def save(photo: np.ndarray, stem: str, i: int) -> None:
-        photo = np.where((photo > 0.5) & (i == 3), values, photo)
+        photo = np.where((photo > 0.5) & (i == 3), value, photo)
         Image.fromarray(photo.astype(np.float32)).save(f"{stem}.tif")
 
     draw(save, png)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"p03\.tif holds nan or infinity, which are no numbers: .*-a_nodata nan"):
         train.main(LEARN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "value"),
+    [
+        (np.float32, 1, -9999), (np.float32, 1, float(np.finfo(np.float32).min)), (np.float32, 1, np.nan),
+        (np.uint16, 3000, 65535), (np.uint16, 3000, 0), (np.int32, 500, -32768), (np.uint16, 3000, -9999),
+    ],
+)  # fmt: skip
+def test_pixels_without_data_are_black_and_no_part_of_the_range(kind, scale, value):
+    def save(photo: np.ndarray, stem: str, _: int, tags: tuple = ()) -> None:
+        Image.fromarray((photo * scale).astype(kind)).save(f"{stem}.tif", tiffinfo=dict(tags))
+
+    def with_gaps(photo: np.ndarray, stem: str, i: int) -> None:
+        if np.can_cast(np.min_scalar_type(value), kind) or kind == np.float32:
+            photo = photo.copy()
+            photo[:3] = value / scale
+        save(photo, stem, i, ((42113, f"{value:.17g}"),))
+
+    draw(save, png)
+    plain = prepared()
+    draw(with_gaps, png)
+    data = prepared()
+    assert (data.rule.low, data.rule.high) == pytest.approx((plain.rule.low, plain.rule.high), rel=0.02)
+    for index in range(3):
+        difference = data.sample(index)[0].astype(int) - plain.sample(index)[0]
+        assert abs(difference[3:]).max() <= 6
+        assert (value == -9999 and kind == np.uint16) or (data.sample(index)[0][:3] == 0).all()
+
+
+def test_a_photo_or_mask_without_any_data_is_black():
+    for value in (-9999, np.nan):
+        Image.fromarray(np.full((8, 12), value, np.float32)).save("none.tif", tiffinfo={42113: str(value)})
+        assert not read_image(Path("none.tif")).any() and not read_mask(Path("none.tif")).any()
+
+
+def test_a_masks_pixels_without_data_are_background():
+    mask = scene(0)[1]
+    for kind, value in ((np.float32, -9999), (np.float32, np.nan), (np.int32, -1), (np.uint16, 65535)):
+        Image.fromarray(np.where(mask, 1, value).astype(kind)).save("mask.tif", tiffinfo={42113: str(value)})
+        np.testing.assert_array_equal(read_mask(Path("mask.tif")), mask)
 
 
 def test_photos_of_one_value_are_named():
@@ -248,6 +283,212 @@ def test_soft_masks_are_foreground_above_one_half(kind):
         assert (data.sample(index)[1] != wanted).mean() < 0.005
 
 
+def discs(number: int, shape: tuple[int, int] = (96, 144), radius: tuple = (2, 6)) -> Callable:
+    """Label images in which each object has a number of its own; the numbering follows no order."""
+
+    def labels(i: int) -> np.ndarray:
+        random, (y, x) = np.random.default_rng(i), np.mgrid[: shape[0], : shape[1]]
+        values = np.zeros(shape, np.int32)
+        for label in range(1, number + 1):
+            row, column = random.uniform(0, shape[0]), random.uniform(0, shape[1])
+            values[(y - row) ** 2 + (x - column) ** 2 <= random.uniform(*radius) ** 2] = label
+        return values
+
+    return labels
+
+
+def cells(i: int) -> np.ndarray:
+    """60 cells that touch one another, numbered from the top, around a gap."""
+    random, (y, x) = np.random.default_rng(i), np.mgrid[:96, :144]
+    centres = random.uniform((0, 0), (96, 144), (60, 2))
+    centres = centres[centres[:, 0].argsort()]
+    values = 1 + np.argmin((y[..., None] - centres[:, 0]) ** 2 + (x[..., None] - centres[:, 1]) ** 2, -1)
+    return np.where(abs(x - 72) < 20, 0, values)
+
+
+def lines(i: int) -> np.ndarray:
+    """40 thin lines, each with a number."""
+    values, random = np.zeros((96, 144), np.uint8), np.random.default_rng(i)
+    for label in range(1, 41):
+        ends = random.integers((0, 0), (144, 96), (2, 2)).tolist()
+        cv2.line(values, *ends, label, 1 + label % 2)
+    return values.astype(np.int32)
+
+
+def classes(i: int) -> np.ndarray:
+    values, (y, x) = np.array([0, 64, 128, 191, 255]), np.mgrid[:96, :144]
+    return values[np.random.default_rng(i).integers(0, 5, (6, 9))][y // 16, x // 16].astype(np.int32)
+
+
+def layers(_: int) -> np.ndarray:
+    return np.mgrid[:96, :144][0] // 2
+
+
+LABELS = {
+    "60 objects": discs(60), "300 objects": discs(300), "dots": discs(60, radius=(0.5, 1.5)), "cells": cells,
+    "lines": lines, "classes": classes, "layers": layers,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "ending"), [(np.uint8, "png"), (np.uint16, "png"), (np.int32, "tif")])
+@pytest.mark.parametrize("labels", LABELS)
+def test_flat_regions_are_labels_however_many(labels, kind, ending):
+    if labels == "300 objects" and kind == np.uint8:
+        pytest.skip("more than 8 bits hold")
+    wanted = [LABELS[labels](i) for i in range(4)]
+    for i, values in enumerate(wanted):
+        Image.fromarray(values.astype(kind)).save(f"mask{i}.{ending}")
+        np.testing.assert_array_equal(read_mask(Path(f"mask{i}.{ending}")), values > 0)
+
+
+def set_of(masks: list[np.ndarray], **options) -> CarvanaDataset:
+    """A prepared set with these masks."""
+    for folder in ("photos", "masks"):
+        Path(folder).mkdir(exist_ok=True)
+    for i, mask in enumerate(masks):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, mask.shape, np.uint8)).save(f"photos/{i:02d}.png")
+        Image.fromarray(mask).save(f"masks/{i:02d}.{'tif' if mask.dtype.kind == 'f' else 'png'}")
+    data = CarvanaDataset("photos", "masks", masks[0].shape)
+    data.prepare(None, None, options.get("chosen"))
+    return data
+
+
+def values_line(data: CarvanaDataset) -> str:
+    return next(line for line in describe(data, data).splitlines() if line.startswith("values of the masks"))
+
+
+def test_the_other_reading_is_said_with_its_share_and_its_flag_takes_it():
+    masks = [discs(60)(i).astype(np.uint8) for i in range(4)]
+    data = set_of(masks)
+    drops = 1 - np.mean([(mask > 30).mean() for mask in masks]) / np.mean([(mask > 0).mean() for mask in masks])
+    assert "labels up to 60: all are foreground" in values_line(data)
+    assert f"--foreground-values brightness leaves out {100 * drops:.0f} % of them" in values_line(data)
+    other = set_of(masks, chosen=("brightness",))
+    assert all(np.array_equal(other.sample(i)[1], masks[i] > 30) for i in range(4))
+    assert "--foreground" not in values_line(other).partition("(")[0]
+
+    masks = [(255 * soft(scene(i)[1])).round().astype(np.uint8) for i in range(4)]
+    data = set_of(masks)
+    more = np.mean([(mask > 0).mean() for mask in masks]) / np.mean([(mask > 127).mean() for mask in masks]) - 1
+    assert f"--foreground-values labels takes all but 0, which is {100 * more:.0f} % more" in values_line(data)
+    other = set_of(masks, chosen=("labels",))
+    assert all(np.array_equal(other.sample(i)[1], masks[i] > 0) for i in range(4))
+
+
+def test_a_word_instead_of_foreground_values_is_trained_with(capsys):
+    draw(jpg, SOFT["8 bits"])
+    train.main([*LEARN, "--num-epochs", "1", "--foreground-values", "labels"])
+    assert utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["rule"]["is_labels"] is True
+    with pytest.raises(
+        UserError, match=r"FOREGROUND_VALUES is \('colours',\): set it to labels .*\"labels\", \"brightness\""
+    ):
+        train.main([*LEARN, "--foreground-values", "colours"])
+
+
+def test_classes_of_many_files_are_chosen_from():
+    """In all 40 classes, of which each file holds few; and 40 in every file."""
+    masks = [np.repeat(np.arange(i, i + 8, dtype=np.uint8), 12)[None].repeat(40, 0) for i in range(33)]
+    data = set_of(masks, chosen=(39,))
+    assert all(np.array_equal(data.sample(i)[1], masks[i] == 39) for i in range(33))
+    masks = [lines(i).astype(np.uint8) for i in range(3)]
+    data = set_of(masks, chosen=(7, 9))
+    assert all(np.array_equal(data.sample(i)[1], np.isin(masks[i], (7, 9))) for i in range(3))
+    with pytest.raises(UserError, match="FOREGROUND_VALUES: 41 is in no mask"):
+        set_of(masks, chosen=(41,))
+
+
+def noisy(mask: np.ndarray) -> np.ndarray:
+    """A JPEG's noise around black and white, in a format without loss."""
+    return cv2.imdecode(cv2.imencode(".jpg", 255 * mask.astype(np.uint8), (cv2.IMWRITE_JPEG_QUALITY, 90))[1], 0)
+
+
+def enlarged(mask: np.ndarray) -> np.ndarray:
+    small = cv2.resize(255 * mask.astype(np.uint8), (24, 16), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+BRIGHTNESS = {
+    "noise": noisy,
+    "enlarged": enlarged,
+    "few levels": lambda mask: (25 * soft(mask)).round().astype(np.uint8),
+    "wide": lambda mask: (255 * cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 8)).round().astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", BRIGHTNESS)
+def test_soft_edges_and_noise_are_brightness(kind):
+    masks = [BRIGHTNESS[kind](scene(i)[1]) for i in range(6)]
+    data = set_of(masks)
+    most = max(int(mask.max()) for mask in masks)
+    assert all(np.array_equal(data.sample(i)[1], masks[i] > most // 2) for i in range(6))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_files_of_0_and_1_beside_soft_ones_keep_their_object(kind):
+    white = {np.uint8: 255, np.uint16: 65535, np.float32: 255}[kind]
+    masks = []
+    for i in range(9):
+        mask = scene(i)[1]
+        masks.append((mask if i % 3 == 0 else white * soft(mask)).round().astype(kind))
+    data = set_of(masks)
+    for i in range(9):
+        wanted = masks[i] > (0 if i % 3 == 0 else white // 2)
+        assert (data.sample(i)[1] != wanted).mean() < 0.005
+    assert "masks of 0 and 1 beside them: 3, in which 1 is foreground" in describe(data, data)
+
+
+def test_remains_of_soft_masks_without_an_object_are_none():
+    """What a network says of photos without one, in 8 bits: here and there 1 of 255."""
+    masks = [(255 * soft(scene(i)[1])).round().astype(np.uint8) for i in range(6)]
+    masks += [np.zeros((64, 96), np.uint8) for _ in range(3)]
+    for mask in masks[6:]:
+        mask[30:33, 40:50] = 1
+    data = set_of(masks)
+    assert not any(data.sample(i)[1].any() for i in range(6, 9))
+    assert "masks of 0 and 1 beside them: 3, in which 1 is background" in describe(data, data)
+
+
+@pytest.mark.parametrize(("trained", "scored"), [("8 bits", 1), (1, "8 bits"), ("0 to 1", 1), ("8 bits", "0 to 255")])
+def test_scores_do_not_depend_on_whether_masks_are_soft_or_of_0_and_1(trained, scored):
+    def save(kind: str | int) -> Callable:
+        hard = lambda mask, stem, _: Image.fromarray(mask.astype(np.uint8)).save(f"{stem}.png")  # noqa: E731
+        return hard if kind == 1 else SOFT[kind]
+
+    draw(jpg, save(trained))
+    rule = prepared().rule
+    for i in range(12, 16):
+        save(scored)(scene(i)[1], "true_mask", i)
+        (path,) = Path().glob("true_mask.*")
+        wanted = scene(i)[1] if scored == 1 else soft(scene(i)[1]) > 0.5
+        assert (read_mask(path, None, rule) != wanted).mean() < 0.005
+        path.unlink()
+
+
+def test_a_rule_of_an_older_cache_or_checkpoint_is_read():
+    entries = {"low": None, "high": None, "is_labels": True, "has_void": False, "brightest": {"uint8": 1.0}}
+    rule = rule_from(entries | {"chosen": None})
+    SOFT["8 bits"](scene(0)[1], "mask", 0)
+    assert (read_mask(Path("mask.png"), None, rule) != (soft(scene(0)[1]) > 0.5)).mean() < 0.005
+    Image.fromarray(7 * scene(0)[1].astype(np.uint8)).save("mask.png")
+    np.testing.assert_array_equal(read_mask(Path("mask.png"), None, rule), scene(0)[1])
+    assert rule_from(entries | {"chosen": [7.0], "has_void": True}) == Rule(
+        None, None, True, True, {"uint8": 1.0}, (7.0,)
+    )
+
+
+@pytest.mark.parametrize(("ground", "value"), [(2, 1), (1, 2), (1, 255), (10, 255), (100, 200)])
+def test_masks_whose_ground_is_not_0_are_listed_with_the_flag_that_chooses(ground, value):
+    masks = [np.where(scene(i)[1], value, ground).astype(np.uint8) for i in range(4)]
+    share = 100 * np.mean([scene(i)[1].mean() for i in range(4)])
+    shares = {value: f"{value} ({share:.1f} %)", ground: f"{ground} ({100 - share:.1f} %)"}
+    with pytest.raises(UserError) as caught:
+        set_of(masks)
+    assert ", ".join(shares[key] for key in sorted(shares)) in str(caught.value)
+    assert str(caught.value).endswith(f"--foreground-values {value}")
+    data = set_of(masks, chosen=(value,))
+    assert all(np.array_equal(data.sample(i)[1], scene(i)[1]) for i in range(4))
+
+
 def test_masks_of_whole_floats_are_labels():
     draw(jpg, lambda m, s, i: Image.fromarray(m.astype(np.float32) * (1 + i % 3)).save(f"{s}.tif"))
     data = prepared()
@@ -256,7 +497,7 @@ def test_masks_of_whole_floats_are_labels():
 
 def test_a_mask_of_nan_is_named():
     draw(jpg, lambda m, s, _: Image.fromarray(np.where(m, 1, np.nan).astype(np.float32)).save(f"{s}.tif"))
-    with pytest.raises(UserError, match=r"p00_mask\.tif is no readable image \(it holds nan"):
+    with pytest.raises(UserError, match=r"p00_mask\.tif holds nan or infinity"):
         prepared()
 
 
@@ -309,11 +550,30 @@ def test_soft_masks_are_read_as_such_where_training_had_hard_ones():
     assert (found != (soft(scene(12)[1]) > 0.5)).mean() < 0.005
 
 
-def test_transparency_of_16_bits_counts_as_black():
+@pytest.mark.parametrize("colour", [0, 20, 110, 255])
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "16 bits", "WebP"])
+def test_of_a_cut_out_opacity_is_the_mask(kind, colour):
+    photo, mask = scene(0)
+    pixels = (photo / photo.max() * colour).astype(np.uint8)
+    cut_out = np.dstack((pixels, pixels // 2, pixels, 255 * mask.astype(np.uint8)))
+    path = Path("mask.webp" if kind == "WebP" else "mask.png")
+    if kind == "16 bits":
+        cv2.imwrite(str(path), cut_out.astype(np.uint16) * 257)
+    elif kind == "palette":
+        image = Image.fromarray(np.where(mask, 1 + pixels // 8, 0).astype(np.uint8))
+        image.putpalette([0, 0, 0, *(part for shade in range(40) for part in (6 * shade, 3 * shade, 6 * shade))])
+        image.save(path, transparency=0)
+    else:
+        Image.fromarray(cut_out).convert("RGBA" if kind == "WebP" else kind).save(path)
+    np.testing.assert_array_equal(read_mask(path), mask)
+
+
+@pytest.mark.parametrize("opacity", [0, 128, 255])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_opacity_that_is_the_same_everywhere_says_nothing_of_a_mask(opacity, kind):
     mask = scene(0)[1]
-    white = np.full((64, 96, 4), 65535, np.uint16)
-    white[..., 3] *= mask
-    cv2.imwrite("mask.png", white)
+    white = (np.dstack([255 * mask.astype(np.uint8)] * 3 + [np.full(mask.shape, opacity, np.uint8)])).astype(kind)
+    cv2.imwrite("mask.png", white * kind(257 if kind == np.uint16 else 1))
     np.testing.assert_array_equal(read_mask(Path("mask.png")), mask)
 
 

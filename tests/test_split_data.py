@@ -1,12 +1,14 @@
 import os
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from killed import is_killed
 
 from machinery.errors import UserError
-from machinery.files import find_pairs
+from machinery.files import find_pairs, locked
 from tools import split_data
 
 
@@ -135,23 +137,6 @@ def test_a_run_that_was_stopped_is_run_again(download, drawn, monkeypatch):
         shutil.rmtree("data")
 
 
-def killed_at(number: int, *flags: str) -> bool:
-    """Split in a process that is killed at its file operation of this number; return whether it has got so far."""
-    if child := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    left = iter(range(number))
-    for original in (os.link, os.replace, os.rmdir, os.unlink):
-
-        def dying(*args, original=original, **kwargs):
-            return original(*args, **kwargs) if next(left, None) is not None else os._exit(9)
-
-        setattr(os, original.__name__, dying)
-    try:
-        split(*flags)
-    finally:  # this process never returns to pytest
-        os._exit(0)
-
-
 def empty_the_folders() -> None:
     for path in Path("data").glob("*_*/*"):
         path.unlink()
@@ -177,11 +162,12 @@ def test_no_original_is_lost_by_a_kill_anywhere_and_another_start(again, drawn, 
         (folder / "mine").mkdir(parents=True)
         monkeypatch.chdir(folder)
         wanted = {shutil.copy(path, f"mine/{path.name}").removeprefix("mine/") for pair in pairs for path in pair}
-        was_killed = killed_at(number, "mine", "--move")
+        was_killed = is_killed(lambda: split("mine", "--move"), number)
         assert {path.name for path in Path().rglob("*_*.*")} >= wanted
         between()
         left = {path.name for path in (*Path("mine").iterdir(), *Path("data").glob("*_*/*"))}
-        assert not killed_at(1000, *flags)
+        with suppress(UserError):  # it may have ended: "has files already"
+            split(*flags)
         assert {path.name for path in (*Path("mine").iterdir(), *Path("data").glob("*_*/*"))} == left
         if not was_killed:
             break
@@ -335,3 +321,17 @@ def test_photos_that_end_in_mask_are_photos_where_masks_end_otherwise(drawn, tmp
 def test_an_empty_suffix_pairs_equal_names_alone(download):
     with pytest.raises(UserError, match=r"_01_mask.gif: is it --mask-suffix _mask\? If not"):
         split(download, "--mask-suffix", "")
+
+
+def test_two_splits_into_one_folder_do_not_meet(download):
+    with locked(Path("data/.split.lock"), "a first split"), pytest.raises(UserError, match="in use by another run"):
+        split(download)
+    split(download)
+    check()
+
+
+def test_a_zip_that_unpacks_to_more_than_the_disk_has_is_not_unpacked(download, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="GB are free in data: make room there"):
+        split(download)
+    assert not any(Path("data/.split/images").iterdir())

@@ -135,8 +135,11 @@ def main(argv: list[str] | None = None) -> None:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
         gr = import_gradio()
         model, examples = load_model(args.checkpoint, args.device), []
-        with suppress(KeyError, UserError):  # four photos of the validation set, or none where they are gone
-            found = find_photos([utils.load_checkpoint(Path(args.checkpoint))["settings"]["val_img_dir"]])
+        with suppress(KeyError, TypeError, UserError):  # four photos of the validation set, or none where they are gone
+            folder_of_photos = Path(utils.load_checkpoint(Path(args.checkpoint))["settings"]["val_img_dir"])
+            if not folder_of_photos.resolve().is_relative_to(Path.cwd()):  # a checkpoint may be anybody's
+                raise UserError("its photos are none of this folder's")
+            found = find_photos([str(folder_of_photos)])
             examples = [found[len(found) * number // 4].path for number in range(4)]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # the computer's own

@@ -42,10 +42,12 @@ from machinery.files import (
     is_clutter,
     is_image,
     link_or_copy,
+    locked,
     nfc,
     passed_over,
     several_masks,
     stem_of,
+    sync,
     written_whole,
 )
 from machinery.samples import car_of
@@ -65,6 +67,7 @@ class Source:
     given: int  # the number of the zip or folder that was given, from 0
     folders: list[str]  # the folder or zip file that was given, and those in it above the file
     bring: Callable[[Path], object]
+    size: int = 0  # bytes, of what is unpacked
 
     @property
     def stem(self) -> str:
@@ -111,7 +114,8 @@ def zip_sources(path: Path, number: int) -> Iterator[Source]:
             )
         if not member.is_dir() and not any(map(is_clutter, name.parts)):
             folders = [path.stem, *name.parts[:-1]]
-            yield Source(name.name, f"{path}/{member.filename}", number, folders, partial(extract, archive, member))
+            bring = partial(extract, archive, member)
+            yield Source(name.name, f"{path}/{member.filename}", number, folders, bring, member.file_size)
 
 
 def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
@@ -170,6 +174,10 @@ def gather(sources: Iterator[Source], stage: Path, suffix: str) -> dict[str, str
     missing = "photos" if len(masks) == len(files) else f"masks, {ending}: was train_masks.zip forgotten"
     if len(masks) in (0, len(files)):
         raise UserError(f"the sources hold no {missing}? Give photos and masks (a zip inside a zip: unpack it first)")
+    needed, free = sum(source.size for source in files), shutil.disk_usage(stage).free
+    if needed > free:
+        size = f"{needed / 1e9:.1f} GB are packed, and {free / 1e9:.1f} GB are free in {stage.parent}"
+        raise UserError(f"{size}: make room there, or choose another --data-dir")
     for source in tqdm(files, desc="gathering", unit="file", disable=None):
         place = f"{'masks' if source in masks else 'images'}/{source.name}"
         if place in origins:
@@ -332,6 +340,8 @@ def split(
         if (stage / file).exists():
             (stage / file).replace(data_dir / place)
     originals = {Path(original): data_dir / place for place, original in plan["originals"].items() if how == "move"}
+    for path in (*originals.values(), *folders_of(data_dir)):
+        sync(path)
     if kept := [original for original, copy in originals.items() if not delete_original(original, copy)]:
         print(f"Originals that differ from their copies or cannot be deleted: {len(kept)}, such as {kept[0]}, kept")
     shutil.rmtree(stage)
@@ -361,7 +371,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--val-share is {args.val_share}: choose a share between 0 and 1, such as 0.15")
     how, suffix = args.how or "copy", nfc(args.mask_suffix)
     try:
-        split(args.sources, args.data_dir, args.val_share, args.seed, how, suffix, args.unite)
+        args.data_dir.mkdir(parents=True, exist_ok=True)
+        with locked(args.data_dir / ".split.lock", f"--data-dir {args.data_dir}"):
+            split(args.sources, args.data_dir, args.val_share, args.seed, how, suffix, args.unite)
     except OSError as error:
         place, advice = error.filename or args.data_dir, remedy_of(error)
         raise UserError(f"{place}: {reason_of(error)}: {advice}, or choose another --data-dir") from error

@@ -1,0 +1,185 @@
+"""Image files before their pixels: how they are opened, how they lie, and what they say about themselves."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from machinery.errors import UserError, reason_of
+
+with suppress(ImportError):  # it is optional, and reads the photos of iPhones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+Image.MAX_IMAGE_PIXELS = 300_000_000  # Pillow warns above, and refuses twice that; a telephone's photo may have 200
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of what it reads all the same
+
+JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+TIFF_HEADS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # the last two are those of BigTIFF
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image with Pillow. Pillow raises many kinds of errors on broken files: each becomes a UserError.
+
+    Raises UserError for a file of several pictures, too.
+    """
+    try:
+        # As a file, not by its name: Pillow maps an uncompressed TIFF into memory by its turned size, so garbled
+        with path.open("rb") as file, Image.open(_with_end_marker(file)) as image:
+            if (number := _number_of_pictures(image, path)) > 1:
+                raise UserError(f"{path} holds {number} pictures: save the one that you mean as a file of its own")
+            yield image
+    except UserError:
+        raise
+    except Exception as error:
+        reason, advice = reason_of(error), "replace it, or move it away"
+        if isinstance(error, MemoryError) or re.search("out of memory|insufficient memory", reason, re.IGNORECASE):
+            raise UserError(f"out of memory while {path} was read: end other programs, or reduce the photo") from error
+        if isinstance(error, UnidentifiedImageError):
+            reason, advice = _unknown_kind(path)
+        raise UserError(f"{path} is no readable image ({reason}): {advice}") from error
+
+
+def _unknown_kind(path: Path) -> tuple[str, str]:
+    """Return why Pillow does not know a file, and what to do. Phones name HEIC .jpg, too."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "it is HEIC", "run pip install pillow-heif, which reads it, or save it as JPEG"
+    if head[4:] == b"ftypavif":
+        return "it is AVIF", "run pip install --upgrade pillow, which reads it, or save it as JPEG"
+    if head[:4] in TIFF_HEADS:
+        with suppress(Exception):  # of many kinds, where it is broken
+            tags = next(_tiff_pages(path))
+            bits, bands = tags.get(258, (1,))[0], tags.get(277, 1)
+            number = {2: "signed", 3: "float", 5: "complex", 6: "complex"}.get(tags.get(339, (1,))[0], "unsigned")
+            colours = {2: "RGB", 3: "a palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}.get(tags.get(262), "grey")
+            many = f"{bands} bands" if bands > 1 else "one band"
+            better = "RGB with 8 or 16 bits (gdal_translate -co PHOTOMETRIC=RGB -ot UInt16)"
+            return (
+                f"it is a TIFF of {many} of {bits} bits, {number}, that are called {colours}",
+                f"save it as {better if bands > 2 else 'one band of 16 or 32 bits (gdal_translate -ot Float32)'}",
+            )
+    return "it is of no known kind", "replace it, or move it away"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TIFF
+
+
+def _tiff_pages(path: Path) -> Iterator[ImageFileDirectory_v2]:
+    """Yield the tags of each page of a TIFF, also of one whose pixels Pillow cannot read."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        tags = ImageFileDirectory_v2(head if head[2] != 43 else head + file.read(8))
+        known = {0}
+        while tags.next not in known:
+            known.add(tags.next)
+            file.seek(tags.next)
+            tags.load(file)
+            yield tags
+
+
+def _number_of_pictures(image: Image.Image, path: Path) -> int:
+    """Return how many pictures a file holds, without a TIFF's and an MPO's previews."""
+    if image.format not in ("TIFF", "GIF", "WEBP", "PNG", "AVIF") or not getattr(image, "is_animated", False):
+        return 1
+    if image.format != "TIFF":
+        return image.n_frames
+    # 254 holds 1 in a reduced picture and 4 in a mask of transparency: TIFF 6.0, page 36. 255 is its older form
+    _, *others = (tags.get(254, 0) & 5 or tags.get(255) == 2 for tags in _tiff_pages(path))
+    return 1 + others.count(False)
+
+
+def has_opacity(image: Image.Image) -> bool:
+    """Return whether an image may be transparent. Only what tag 338 calls opacity is it in a TIFF, not any 4th band."""
+    if image.format == "TIFF":
+        return image.has_transparency_data and image.tag_v2.get(338, (0,))[0] in (1, 2)
+    return image.has_transparency_data
+
+
+def no_data_value(image: Image.Image) -> float | None:
+    """Return the value of a TIFF's pixels without data, by GDAL's tag."""
+    with suppress(AttributeError, TypeError, ValueError):
+        return float(image.tag_v2.get(42113).strip(" \0"))
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JPEG
+
+
+def _with_end_marker(file: BinaryIO) -> BinaryIO:
+    """Return a JPEG that lacks nothing but its end marker with one, as viewers show it, and any other file as it is.
+
+    Raises ValueError for a JPEG that is cut off: where zeros fill it up, Pillow takes them for its picture.
+    """
+    is_jpeg = file.read(2) == JPEG_START
+    has_end = is_jpeg and file.seek(-2, os.SEEK_END) >= 0 and file.read() == JPEG_END
+    file.seek(0)
+    if not is_jpeg or has_end:
+        return file
+    data = file.read()
+    file.seek(0)
+    place = 2  # of a segment; a preview lies within one
+    while data[place : place + 1] == b"\xff" and data[place : place + 2] != JPEG_SCAN:
+        is_filling = data[place + 1 : place + 2] == b"\xff"
+        place += 1 if is_filling else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    if JPEG_END in data[place:]:  # something follows it, such as a film
+        return file
+    # Without half of the marker and without what fills it up; but 255 in the picture is written as 255, 0
+    data = re.sub(rb"(?:(?<=\xff\0)|(?<!\xff))\0+\Z|\xff\Z", b"", data)
+    if not _is_whole(data, place):
+        raise ValueError("it is cut off")
+    return BytesIO(data + JPEG_END)
+
+
+def _is_whole(data: bytes, place: int) -> bool:
+    """Return whether a JPEG without an end marker, whose scans begin at `place`, holds all of its picture.
+
+    Its scans then give every coefficient of every channel to its last bit (ITU-T T.81, B.2), and bytes that follow
+    change nothing.
+    """
+    frames = re.findall(rb"\xff[\xc0-\xc2]\0[\x0b\x11\x14]\x08....(.)", data[:place], re.DOTALL)
+    known = 0
+    for scan in re.finditer(rb"\xff\xda\0.(.)", data[place:], re.DOTALL):
+        channels = scan[1][0]
+        start = place + scan.end() + 2 * channels
+        first, last, bits = data[start : start + 3].ljust(3, b"\1")
+        known += channels * (last - first + 1) * (bits % 16 == 0)
+    if not frames or known < 64 * frames[-1][0]:
+        return False
+    whole, same = (Image.open(BytesIO(data + more + JPEG_END)).tobytes() for more in (b"", 64 * b"\x55\x2a"))
+    return whole == same
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size and orientation
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return EXIF's orientation, from 1, which is upright, to 8; those from 5 on swap height and width."""
+    orientation = image.getexif().get(0x0112, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the (height, width) of an image that is not loaded yet, as its orientation will turn it."""
+    # Of a TIFF, Pillow's size is turned or not, by its version
+    width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+    return (width, height) if orientation_of(image) >= 5 else (height, width)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return the (height, width) of an image, upright, from its header. Raises UserError."""
+    with opened(path) as image:
+        return upright_size(image)
