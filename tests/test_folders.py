@@ -361,7 +361,7 @@ def test_room_is_asked_for_only_where_it_is_missing(number, advice, monkeypatch)
         split_data.main(["images", "masks"])
 
 
-def test_a_lock_that_a_dead_run_has_left_is_named_on_disks_without_flock(monkeypatch):
+def test_a_lock_that_a_dead_run_has_left_is_named_on_disks_without_flock(monkeypatch, tmp_path):
     """There a lock is a file, which outlives a run that was killed on another machine."""
     import fcntl
 
@@ -374,8 +374,8 @@ def test_a_lock_that_a_dead_run_has_left_is_named_on_disks_without_flock(monkeyp
         with pytest.raises(UserError, match=message), files.locked(Path("x.lock"), "it"):
             pass
     monkeypatch.undo()
-    with files.locked(Path("y.lock"), "it"), pytest.raises(UserError, match=r"or choose another$"):
-        files.locked(Path("y.lock"), "it").__enter__()
+    with files.locked(tmp_path / "y.lock", "it"), pytest.raises(UserError, match=r"or choose another$"):
+        files.locked(tmp_path / "y.lock", "it").__enter__()
 
 
 REASONS = {
