@@ -50,6 +50,7 @@ from machinery.files import (
     locked,
     nfc,
     passed_over,
+    remove_leftovers,
     several_masks,
     stem_of,
     sync,
@@ -447,12 +448,12 @@ def carry_out(plan: Plan, data_dir: Path) -> None:
     Memory(plan.after.sides, plan.before.masks).write(data_dir)
     for folder in folders_of(data_dir):
         folder.mkdir(parents=True, exist_ok=True)
+    for mask in set(plan.replaced) - set(plan.added.values()):  # of another ending: no photo ever has two masks
+        mask.unlink()
     for file, place in plan.added.items():
         (data_dir / ".split" / file).replace(place)
     for path in (*plan.added.values(), *folders_of(data_dir)):
         sync(path)
-    for mask in set(plan.replaced) - set(plan.added.values()):  # with another ending than the new one
-        mask.unlink()
     plan.after.write(data_dir)
 
 
@@ -496,6 +497,7 @@ def split(
         is_united: whether several masks of a photo become one.
     """
     stage, plan = data_dir / ".split", None
+    remove_leftovers(data_dir, ".split.json")
     if (stage / "originals.json").exists():
         print(f"Finishing the split that was stopped in {data_dir}; run again for what is new.")
     else:
