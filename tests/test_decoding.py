@@ -135,7 +135,7 @@ def test_few_levels_of_many_are_learned_and_a_photo_alone_gives_the_same_mask():
         Image.fromarray(levels.round().astype(np.uint16)).save(f"{stem}.tif")
 
     draw(faint, png, number=24)
-    train.main([*LEARN, "--num-epochs", "60"])
+    train.main([*LEARN, "--num-epochs", "30"])
     assert best_dice() > 0.9
     predict.main(["data/val_images", "--output-dir", "all"])
     predict.main(["data/val_images/p25.tif", "--output-dir", "one"])
