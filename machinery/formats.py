@@ -118,7 +118,10 @@ def no_data_value(image: Image.Image) -> float | None:
 
 
 def _with_end_marker(file: BinaryIO) -> BinaryIO:
-    """Return a JPEG that lacks nothing but its end marker with one, as viewers show it, and any other file as it is."""
+    """Return a JPEG that lacks nothing but its end marker with one, as viewers show it, and any other file as it is.
+
+    Raises ValueError for a JPEG that is cut off: where zeros fill it up, Pillow takes them for its picture.
+    """
     is_jpeg = file.read(2) == JPEG_START
     has_end = is_jpeg and file.seek(-2, os.SEEK_END) >= 0 and file.read() == JPEG_END
     file.seek(0)
@@ -128,23 +131,31 @@ def _with_end_marker(file: BinaryIO) -> BinaryIO:
     file.seek(0)
     place = 2  # of a segment; a preview lies within one
     while data[place : place + 1] == b"\xff" and data[place : place + 2] != JPEG_SCAN:
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return file if JPEG_END in data[place:] or not _is_whole(data, place) else BytesIO(data + JPEG_END)
+        is_filling = data[place + 1 : place + 2] == b"\xff"
+        place += 1 if is_filling else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    if JPEG_END in data[place:]:  # something follows it, such as a film
+        return file
+    # Without half of the marker and without what fills it up; but 255 in the picture is written as 255, 0
+    data = re.sub(rb"(?:(?<=\xff\0)|(?<!\xff))\0+\Z|\xff\Z", b"", data)
+    if not _is_whole(data, place):
+        raise ValueError("it is cut off")
+    return BytesIO(data + JPEG_END)
 
 
 def _is_whole(data: bytes, place: int) -> bool:
     """Return whether a JPEG without an end marker, whose scans begin at `place`, holds all of its picture.
 
     Its scans then give every coefficient of every channel to its last bit (ITU-T T.81, B.2), and bytes that follow
-    change nothing, of which a file that was filled up with zeros has some already.
+    change nothing.
     """
-    *_, frame = re.finditer(rb"\xff[\xc0-\xc2]\0[\x0b\x11\x14]\x08....(.)", data[:place], re.DOTALL)
+    frames = re.findall(rb"\xff[\xc0-\xc2]\0[\x0b\x11\x14]\x08....(.)", data[:place], re.DOTALL)
     known = 0
-    for scan in re.finditer(rb"\xff\xda\0", data[place:]):
-        start = place + scan.end() + 2
-        first, last, bits = data[start + 2 * data[start - 1] :][:3]
-        known += data[start - 1] * (last - first + 1) * (bits % 16 == 0)
-    if known < 64 * frame[1][0] or data.endswith(b"\0\0"):
+    for scan in re.finditer(rb"\xff\xda\0.(.)", data[place:], re.DOTALL):
+        channels = scan[1][0]
+        start = place + scan.end() + 2 * channels
+        first, last, bits = data[start : start + 3].ljust(3, b"\1")
+        known += channels * (last - first + 1) * (bits % 16 == 0)
+    if not frames or known < 64 * frames[-1][0]:
         return False
     whole, same = (Image.open(BytesIO(data + more + JPEG_END)).tobytes() for more in (b"", 64 * b"\x55\x2a"))
     return whole == same

@@ -1,5 +1,6 @@
 """Each file is read to the same picture, whatever its format, mode, orientation, depth and colour profile."""
 
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from machinery.decoding import Rule, decode_image, read_image, read_mask, read_opacity, read_sample
 from machinery.errors import UserError
@@ -332,3 +333,131 @@ def test_the_noise_of_lossy_masks_is_no_label(name, top, quality):
 def test_labels_in_a_lossless_jpeg_2000_are_labels():
     save(Image.fromarray(GREYS // 90), "labels.jp2", irreversible=False)
     np.testing.assert_array_equal(read_mask(Path("labels.jp2")), GREYS >= 90)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TIFF's many kinds, stacks, and JPEGs without an end
+
+
+def tiff(name: str, pixels: np.ndarray, tags: dict[int, int]) -> Path:
+    """Writes a TIFF without compression, as GIS and science do; `tags` are added to the plainest, or replace them."""
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    tags = {
+        256: pixels.shape[1], 257: pixels.shape[0], 258: 8 * pixels.itemsize, 259: 1, 262: 2 if channels > 2 else 1,
+        273: 8, 277: channels, 278: pixels.shape[0], 279: pixels.nbytes, 339: " uif".index(pixels.dtype.kind),
+    } | tags  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    end = struct.pack("<H", len(tags)) + entries + bytes(4)
+    Path(name).write_bytes(b"II*\0" + struct.pack("<I", 8 + pixels.nbytes) + pixels.tobytes() + end)
+    return Path(name)
+
+
+@pytest.mark.parametrize("extra", [None, 0, 1, 2])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_fourth_band_is_opacity_where_the_tiff_says_so(kind, extra):
+    scale = 257 if kind == np.uint16 else 1
+    pixels = np.dstack((COLOURS, OPACITY)).astype(kind) * kind(scale)
+    if extra == 1:  # the colours are multiplied with it
+        pixels[..., :3] = (pixels[..., :3] * (OPACITY[..., None] / 255)).round()
+    path = tiff("bands.tif", pixels, {} if extra is None else {338: extra})
+    found = read_image(path, None, WHOLE_RANGE)
+    if extra in (1, 2):
+        assert abs(found.astype(int) - on_white(COLOURS)).max() <= 2
+        np.testing.assert_array_equal(read_opacity(path), OPACITY)
+    else:
+        assert abs(found.astype(int) - COLOURS).max() <= 1
+        assert read_opacity(path) is None
+
+
+def test_signed_bytes_are_signed():
+    levels = np.linspace(-100, 120, HEIGHT * WIDTH).astype(np.int8).reshape(HEIGHT, WIDTH)
+    found = read_image(tiff("signed.tif", levels, {}))[..., 0].astype(int)
+    assert abs(found - np.linspace(0, 255, levels.size).reshape(levels.shape)).max() <= 3
+    np.testing.assert_array_equal(
+        read_mask(tiff("mask.tif", (GREYS > 90).astype(np.int8) * np.int8(-1), {})), GREYS > 90
+    )
+
+
+DEEP = np.dstack((GREYS, GREYS, GREYS)).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "tags", "words"),
+    [
+        (GREYS.astype(np.int64), {}, "one band of 64 bits, signed"),
+        (GREYS.astype(np.float64), {}, "one band of 64 bits, float"),
+        (GREYS.astype(np.uint64), {}, "one band of 64 bits, unsigned"),
+        (DEEP, {262: 1, 338: 0}, "3 bands of 16 bits, unsigned, that are called grey"),
+        (DEEP[..., :2].copy(), {338: 0}, "2 bands of 16 bits"),
+        (DEEP.astype(np.float32), {}, "3 bands of 32 bits, float, that are called RGB"),
+        (np.dstack((DEEP, DEEP)), {}, "6 bands of 16 bits"),
+        (DEEP, {284: 2}, "each of its colours in a plane of its own"),
+    ],
+)
+def test_tiffs_that_are_not_read_are_named_with_what_they_are(pixels, tags, words):
+    path = tiff("odd.tif", pixels, tags)
+    for read in (read_image, read_mask):
+        with pytest.raises(UserError, match=rf"odd\.tif .*{words}.*: save it .*\(gdal_translate"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["stack.tif", "many.gif", "many.webp", "many.png"])
+def test_a_file_of_several_pictures_is_refused(name):
+    pages = [Image.fromarray(np.roll(COLOURS, BLOCK * k, 1)) for k in range(3)]
+    pages[0].save(name, save_all=True, append_images=pages[1:])
+    for read in (read_image, read_mask):
+        with pytest.raises(
+            UserError, match=rf"{re.escape(name)} holds 3 pictures: save the one that you mean as a file"
+        ):
+            read(Path(name))
+    pages[0].save(name, save_all=True)
+    assert abs(read_image(Path(name)).astype(int) - COLOURS).mean() < 12
+
+
+def test_previews_are_no_further_pictures():
+    RGB.save("photo.mpo", save_all=True, append_images=[RGB.resize((24, 16))], quality=98)
+    assert abs(read_image(Path("photo.mpo")).astype(int) - COLOURS).mean() < 4
+    with TiffImagePlugin.AppendingTiffWriter("overviews.tif", True) as file:
+        for scale, kind in ((1, 0), (2, 1), (4, 1), (1, 4)):  # reduced pictures, and a mask of transparency
+            RGB.resize((WIDTH // scale, HEIGHT // scale)).save(file, "TIFF", tiffinfo={254: kind})
+            file.newFrame()
+    np.testing.assert_array_equal(read_image(Path("overviews.tif")), COLOURS)
+
+
+JPEGS = {"plain": {}, "progressive": {"progressive": True}, "optimized": {"optimize": True, "quality": 95}}
+
+
+def photo_of_many_colours() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT // 4, WIDTH // 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("with_preview", [False, True])
+def test_a_jpeg_that_lacks_its_end_marker_is_whole(kind, mode, with_preview):
+    path, exif = Path("photo.jpg"), Image.Exif()
+    if with_preview:  # a JPEG with both markers before the photo's own
+        preview = BytesIO()
+        RGB.resize((24, 16)).save(preview, "JPEG")
+        exif[0x927C] = preview.getvalue()
+    photo_of_many_colours().convert(mode).save(path, exif=exif, **JPEGS[kind])
+    wanted, data = read_image(path), path.read_bytes()
+    assert data.endswith(b"\xff\xd9")
+    for cut in (1, 2):
+        path.write_bytes(data[:-cut])
+        np.testing.assert_array_equal(read_image(path), wanted)
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_whose_picture_is_cut_off_is_refused(kind):
+    path = Path("photo.jpg")
+    photo_of_many_colours().save(path, **JPEGS[kind])
+    wanted, data = read_image(path), path.read_bytes()
+    for length in range(len(data) - 4, 0, -1):
+        path.write_bytes(data[:length] if length % 5 else data[:length] + bytes(len(data) - length))
+        try:
+            found = read_image(path)
+        except UserError:
+            continue
+        np.testing.assert_array_equal(found, wanted)  # bits were missing that fill up the last byte
+        assert length > len(data) - 8
