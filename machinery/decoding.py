@@ -219,6 +219,8 @@ def _deep_values(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray
             f"{path} holds nan or infinity, which are no numbers: if they mean that there are no data, say so in the "
             "file (gdal_edit.py -a_nodata nan), or write the smallest value there"
         )
+    if values.dtype.kind == "f":
+        known &= abs(values) < 1e38  # others write their own "smallest float" where there are no data
     if tags.get(262) == 0:  # 0 is white; Pillow knows that for 8 bits and less
         values = 2 ** tags.get(258, (16,))[0] - 1 - values if values.dtype.kind == "u" else -values
     return values, opacity, known

@@ -43,7 +43,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
         advice = "replace or remove it"
         if isinstance(error, MemoryError) or re.search("out of memory|insufficient memory", reason, re.IGNORECASE):
             raise UserError(f"out of memory while {path} was read: end other programs, or reduce the photo") from error
-        if isinstance(error, UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError) or "unknown raw mode" in reason:
             reason, advice = _unknown_kind(path)
         raise UserError(f"{path} is no readable image ({reason}): {advice}") from error
 
@@ -58,16 +58,7 @@ def _unknown_kind(path: Path) -> tuple[str, str]:
         return "it is AVIF", "run pip install --upgrade pillow, which reads it, or save it as JPEG"
     if head[:4] in TIFF_HEADS:
         with suppress(Exception):  # of many kinds, where it is broken
-            tags = next(_tiff_pages(path))
-            bits, bands = tags.get(258, (1,))[0], tags.get(277, 1)
-            number = {2: "signed", 3: "float", 5: "complex", 6: "complex"}.get(tags.get(339, (1,))[0], "unsigned")
-            colours = {2: "RGB", 3: "a palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}.get(tags.get(262), "grey")
-            many = f"{bands} bands" if bands > 1 else "one band"
-            better = "RGB with 8 or 16 bits (gdal_translate -co PHOTOMETRIC=RGB -ot UInt16)"
-            return (
-                f"it is a TIFF of {many} of {bits} bits, {number}, that are called {colours}",
-                f"save it as {better if bands > 2 else 'one band of 16 or 32 bits (gdal_translate -ot Float32)'}",
-            )
+            return _unknown_tiff(next(_tiff_pages(path)))
     return "it is of no known kind", "replace or remove it"
 
 
@@ -86,6 +77,20 @@ def _tiff_pages(path: Path) -> Iterator[ImageFileDirectory_v2]:
             file.seek(tags.next)
             tags.load(file)
             yield tags
+
+
+def _unknown_tiff(tags: ImageFileDirectory_v2) -> tuple[str, str]:
+    """Return what a TIFF is that Pillow does not know, by its tags, and how to convert it."""
+    bits, bands = tags.get(258, (1,))[0], tags.get(277, 1)
+    number = {2: "signed", 3: "float", 5: "complex", 6: "complex"}.get(tags.get(339, (1,))[0], "unsigned")
+    colours = {2: "RGB", 3: "a palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}.get(tags.get(262), "grey")
+    many = "one band" if bands == 1 else f"{bands} bands"
+    reason = f"it is a TIFF of {many} of {bits} bits, {number}, of which the colour is {colours}"
+    if bands < 3:
+        return reason, "save it as one band with 16 or 32 bits (gdal_translate -b 1 -ot Float32)"
+    scale = " -ot UInt16 -scale MIN MAX 0 65535" if number != "unsigned" or bits not in (8, 16) else ""
+    how = f"gdal_translate -b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB{scale}"
+    return reason, f"save it as RGB with 8 or 16 bits ({how})"
 
 
 def _number_of_pictures(image: Image.Image, path: Path) -> int:

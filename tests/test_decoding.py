@@ -183,8 +183,8 @@ def test_pixels_without_data_are_black_and_no_part_of_the_range(kind, scale, val
 
 
 def test_a_photo_or_mask_without_any_data_is_black():
-    for value in (-9999, np.nan):
-        Image.fromarray(np.full((8, 12), value, np.float32)).save("none.tif", tiffinfo={42113: str(value)})
+    for value, tags in ((-9999, {42113: "-9999"}), (np.nan, {42113: "nan"}), (-3.4e38, {})):
+        Image.fromarray(np.full((8, 12), value, np.float32)).save("none.tif", tiffinfo=tags)
         assert not read_image(Path("none.tif")).any() and not read_mask(Path("none.tif")).any()
 
 

@@ -19,7 +19,7 @@ DOORS = {  # what each may import of the others
     "dataset": set(),
     "model": set(),
 }
-WITHOUT_TORCH = ("errors", "settings", "files", "decoding", "samples", "shapes", "outputs", "sample_data")
+WITHOUT_TORCH = ("errors", "settings", "files", "decoding", "formats", "samples", "shapes", "outputs", "sample_data")
 
 
 def imports(path: Path) -> Iterator[str]:
