@@ -333,7 +333,7 @@ def write_all(
                 found.add({"photo": str(photo.path)} | measured)
             if args.objects:
                 areas = [row["area_px"] for row in measured["rows"]]
-                tqdm.write(f"{photo.path}: {len(areas)} objects, {sum(areas)} pixels")
+                tqdm.write(f"{photo.path}: {len(areas)} object{'s' * (len(areas) != 1)}, {sum(areas)} pixels")
             bar.update()
     return failures, scores
 
@@ -557,6 +557,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.coco:
         check_writable(args.coco.parent, "--coco")
         check_table(args.coco, re.escape(COCO_HEAD))
+        if args.labelme and args.coco.resolve() in {(args.output_dir / f"{p.name}.json").resolve() for p in photos}:
+            raise UserError(f"--coco {args.coco} is where LabelMe's outlines of a photo go: choose another name")
     if args.mask_dir:
         add_masks(photos, args.mask_dir, args.mask_suffix)
         check_table(args.output_dir / "scores.csv", "photo,dice,(.+,)?boundary_f1")
