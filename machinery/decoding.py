@@ -524,6 +524,16 @@ def large_ones_wait(path: Path) -> AbstractContextManager:
     return ONE_AT_A_TIME if math.prod(image_size(path)) > LARGE else nullcontext()
 
 
+def bands(height: int, margin: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield portions of 512 rows, because floats of a whole large photo take too much memory.
+
+    Each is the rows with a margin, those without it among them, and those without it in the whole.
+    """
+    for top in range(0, height, 512):
+        start = max(0, top - margin)
+        yield slice(start, top + 512 + margin), slice(top - start, top - start + 512), slice(top, top + 512)
+
+
 def read_sample(
     image_path: Path, mask_path: Path, size: Size, rule: Rule | None = None
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int], Note]:
