@@ -29,7 +29,6 @@ from machinery.checkpoints import Beginning, CheckpointWriter, State, reserved, 
 from machinery.device import Device, choose_device, memory_errors, to_device
 from machinery.errors import run as run_script
 from machinery.muon import Muon, muon_groups
-from machinery.rehearsal import Rehearsal
 from machinery.report import Report
 from machinery.runs import Run
 from machinery.settings import read_settings
@@ -193,12 +192,9 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
     return State(model, config, forward, optimizer, scaler)
 
 
-def train(s: SimpleNamespace, started: float | None = None) -> None:
-    """Train, validate and save, with the settings s: the constants by their lower-case names.
-
-    MINUTES count from `started` on, a moment of time.monotonic(), or from now on.
-    """
-    started = started or time.monotonic()
+def train(s: SimpleNamespace) -> None:
+    """Train, validate and save, with the settings s: the constants by their lower-case names."""
+    started = time.monotonic() - (processes.age() if __name__ == "__main__" else 0)  # imports count, too
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
     beginning = Beginning.of(s, load_checkpoint)
 
@@ -219,13 +215,12 @@ def train(s: SimpleNamespace, started: float | None = None) -> None:
         state.model.encoder.load_pretrained(s.encoder_weights)
 
     # 3. Epochs
-    run = Run(state, train_loader, len(val_part), writer, report, s)
+    run = Run(state, train_loader, val_loader, writer, report, s)
     losses = partial(image_losses, dice_weight=s.dice_weight)
     check = partial(check_accuracy, val_loader, state.model, device, losses, show_size=show_size)
     score = partial(full_size_dice, device=device, batch_size=s.batch_size)
     print(f"Training on {device}, {s.batch_size} images a step.")
-    train_few = partial(train_epoch, device=device, s=s)
-    run.plan(Rehearsal(state, train_loader, val_loader, writer, train_few, check, score, val_set))
+    run.plan(partial(train_epoch, device=device, s=s), check, score, val_set)
     with closing(train_loader), closing(val_loader), run.until_stopped():
         run.print_names(score_names())
         while not run.is_done:
@@ -239,7 +234,6 @@ def train(s: SimpleNamespace, started: float | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    started = time.monotonic() - (processes.age() if argv is None else 0)
     with read_settings(globals(), argv, size_multiple, processes.WORLD_SIZE) as s:
         advice = (
             f"at BATCH_SIZE {s.batch_size} and {s.image_height} x {s.image_width} pixels: halve BATCH_SIZE or double "
@@ -247,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         with processes.process_group(), reserved(s), memory_errors(advice):
             settle(s)
-            train(s, started)
+            train(s)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -15,21 +15,18 @@ from tqdm import tqdm
 from machinery import processes
 from machinery.checkpoints import CheckpointWriter, Epoch, State
 from machinery.errors import Stopped, UserError
+from machinery.length import Length
 from machinery.processes import progress
-from machinery.rehearsal import FORWARD, Rehearsal
+from machinery.rehearsal import Rehearsal, Steps
 from machinery.report import Report, save_train_batch
-
-FEW, ENOUGH = 75, 300  # steps: after few a network has learned little; the quick start has 96
+from machinery.samples import Samples
 
 
 class Run:
     """What surrounds the training of a state.
 
-    An epoch of so few photos that validation would cost more than training is validated less often, so that validation
-    takes a tenth of the time.
-
     Args:
-        loader, val_photos: the training photos, and how many are validated on.
+        loader, val_loader: of the training and the validation photos.
         writer: of the checkpoints.
         report: draws the pictures, in the first process alone.
         s: train.py's settings.
@@ -39,18 +36,15 @@ class Run:
         self,
         state: State,
         loader: DataLoader,
-        val_photos: int,
+        val_loader: DataLoader,
         writer: CheckpointWriter,
         report: Report,
         s: SimpleNamespace,
     ) -> None:
-        self.state, self.loader, self.writer, self.s = state, loader, writer, s
+        self.state, self.loader, self.val_loader, self.writer, self.s = state, loader, val_loader, writer, s
         self.report = report if processes.RANK == 0 else None
         self.photos, self.batch_size = len(loader.dataset), loader.batch_sampler.size
-        validation = FORWARD * (min(64, self.photos) + val_photos)  # in photos that are trained on
-        self.every = math.ceil(10 * validation / self.photos) if validation > self.photos else 1  # epochs
-        self.guess = {"image": 1.0, "validation": validation, "end": FORWARD * val_photos}  # as Rehearsal.measure's
-        self.steps, self.timed_seconds, self.timed_photos = 0, 0.0, 0  # of this process; the first step is not timed
+        self.length = Length(state, self.photos, val_loader.batch_sampler.length, s)
 
     @contextmanager
     def until_stopped(self) -> Iterator[None]:
@@ -66,146 +60,48 @@ class Run:
                 raise
             self.writer.wait()
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # How long it is
+    def plan(
+        self,
+        train: Callable[[Steps], None],
+        check: Callable[[], object],
+        score: Callable[[Path, Samples], object],
+        val_set: Samples,
+    ) -> None:
+        """Say what to expect; for MINUTES rehearse before, with Rehearsal's arguments, and choose NUM_EPOCHS.
 
-    @property
-    def total(self) -> int:
-        """How many photos the whole run trains on, each as often as it comes."""
-        return self.state.plan["photos"] if self.state.plan else self.s.num_epochs * self.photos
+        Raises UserError where there is no time for a step.
+        """
+        if self.s.minutes:
+            self.length.choose(
+                Rehearsal(self.state, self.loader, self.val_loader, self.writer, train, check, score, val_set)
+            )
+            self._keep_num_epochs()
+        if not self.is_done:
+            print(self.length.expectation())
 
-    @property
-    def num_epochs(self) -> int:
-        """NUM_EPOCHS, or what was chosen for MINUTES, of which the last epoch may be cut off."""
-        return math.ceil(self.total / self.photos)
-
-    @property
-    def done(self) -> int:
-        """How many photos were trained on."""
-        return self.state.epochs * self.photos + self.state.epoch.images
+    def _keep_num_epochs(self) -> None:
+        """Save and show NUM_EPOCHS as it was chosen."""
+        self.writer.header["settings"]["num_epochs"] = self.length.num_epochs
+        if self.report:
+            self.report.settings = self.report.settings | {"num_epochs": self.length.num_epochs}
 
     @property
     def progress(self) -> float:
         """How much of the whole run is done, from 0 to 1."""
-        return self.done / self.total
+        return self.length.done / self.length.total
 
     @property
     def is_done(self) -> bool:
-        return self.state.epochs >= self.num_epochs
-
-    @property
-    def epoch(self) -> int:
-        """The number, from 1, of the epoch that the last photo belongs to."""
-        return self.state.epochs + max(1, math.ceil(self.state.epoch.images / self.photos))
-
-    @property
-    def until_validation(self) -> int:
-        """How many photos are trained on between the last validation and the next."""
-        epochs = (self.state.epochs // self.every + 1) * self.every
-        return min(epochs * self.photos, self.total) - self.state.epochs * self.photos
-
-    def seconds_for(self, photos: int) -> float:
-        """Return how long it takes to train on so many photos, validate, and end: in seconds of the rehearsal."""
-        costs = self.state.plan or self.guess
-        validations = math.ceil(photos / (self.every * self.photos))
-        return photos * costs["image"] + validations * costs["validation"] + costs["end"]
-
-    def photos_in(self, seconds: float) -> int:
-        """Return the most photos of which seconds_for is no longer; below 0 where there is no time for any."""
-        costs, round_ = self.state.plan or self.guess, self.every * self.photos
-        seconds -= costs["end"]
-        rounds = seconds // (round_ * costs["image"] + costs["validation"])
-        seconds -= rounds * (round_ * costs["image"] + costs["validation"]) + costs["validation"]
-        return int(rounds * round_ + max(seconds / costs["image"], 0 if rounds else -1))
-
-    def plan(self, rehearsal: Rehearsal) -> None:
-        """Say what to expect; for MINUTES choose first what there is time for, unless the checkpoint holds it.
-
-        Raises UserError where there is no time for anything.
-        """
-        if self.s.minutes and not self.state.plan:
-            self._choose(rehearsal)
-        if self.s.minutes:
-            self._keep_num_epochs()
-            self.check_due = time.monotonic() + 3 * self.s.minutes  # a twentieth
-        if not self.is_done:
-            print(self._expectation())
-
-    def _choose(self, rehearsal: Rehearsal) -> None:
-        limit = 60 * self.s.minutes
-        self.state.plan = {"photos": self.done + 1} | rehearsal.measure(limit / 20 if limit < 400 else 20)
-        spent = processes.broadcast_object(lambda: self.state.seconds)
-        photos = self.photos_in(0.97 * limit - spent)  # pictures and checkpoints, which threads write, take some, too
-        if photos < self.batch_size:
-            least = (spent + self.seconds_for(10 * self.batch_size)) / 60
-            raise UserError(
-                f"MINUTES is {self.s.minutes:g}, of which {spent / 60:.2g} are over before the first step: set it to "
-                f"{math.ceil(11 * least) / 10:g} or more"
-            )
-        self.state.plan["photos"] = self.done + photos
-
-    def _keep_num_epochs(self) -> None:
-        """Show and save NUM_EPOCHS as it was chosen."""
-        self.writer.header["settings"]["num_epochs"] = self.num_epochs
-        if self.report:
-            self.report.settings = self.report.settings | {"num_epochs": self.num_epochs}
-
-    def _expectation(self) -> str:
-        """Say of how many steps the run is, and with which flag there were enough of them."""
-        epoch_steps = math.ceil(self.photos / self.batch_size)
-        last = self.total - (self.num_epochs - 1) * self.photos
-        steps = (self.num_epochs - 1) * epoch_steps + math.ceil(last / self.batch_size)
-        advice = "."
-        if self.s.minutes:
-            length = f"{self.s.minutes:g} minutes are {self.total / self.photos:.4g} epochs, {steps} steps"
-            if steps < FEW:
-                seconds = self.state.seconds + self.seconds_for(ENOUGH * self.batch_size)
-                advice = f", from which a network learns little; --minutes {math.ceil(seconds / 58)} takes {ENOUGH}."
-        else:
-            length = f"{self.num_epochs} epochs are {steps} steps"
-            if steps < FEW:
-                epochs = 10 * math.ceil(ENOUGH / 10 / epoch_steps)
-                advice = f", from which a network learns little; --num-epochs {epochs} takes {epochs * epoch_steps}."
-        noun = "crops" if self.s.crop else "photos"
-        return f"{self.photos} {noun}: {length}{advice}"
-
-    def _seconds_left(self) -> float:
-        """Return how long the rest takes at the speed that training has had in this process."""
-        slower = self.timed_seconds / self.timed_photos / (self.state.plan or self.guess)["image"]
-        return slower * self.seconds_for(self.total - self.done)
-
-    def _surplus(self) -> int:
-        """Return for how many photos there is no time: 0 where the run ends within a twentieth of MINUTES."""
-        if processes.RANK or time.monotonic() < self.check_due:
-            return 0
-        limit, left = 60 * self.s.minutes, self._seconds_left()
-        self.check_due = time.monotonic() + limit / 20
-        if self.state.seconds + left < 1.05 * limit:
-            return 0
-        share = self.seconds_for(self.total - self.done) / left  # of the rehearsal's speed
-        fitting = self.photos_in(share * (limit - self.state.seconds))
-        return max(0, self.total - self.done - max(fitting, self.batch_size))
-
-    def _shorten(self) -> None:
-        """Train on fewer photos where the machine is slower than the rehearsal: in all processes, as the first says."""
-        if surplus := processes.all_reduce_max(self._surplus()):
-            before = self.total / self.photos
-            self.state.plan = self.state.plan | {"photos": self.total - surplus}
-            self._keep_num_epochs()
-            now = self.total / self.photos
-            tqdm.write(f"This is slower than the rehearsal: it ends after {now:.4g} epochs instead of {before:.4g}.")
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Epochs
+        return self.state.epochs >= self.length.num_epochs
 
     def _remaining(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches that are left until the next validation, of one epoch after the other."""
         state = self.state
-        while state.epoch.images < self.until_validation:
+        while state.epoch.images < self.length.until_validation:
             number, start = divmod(state.epoch.images, self.photos)
             for batch in self.loader.epoch(state.epochs + number, start):
                 yield batch
-                if state.epoch.images >= self.until_validation:
+                if state.epoch.images >= self.length.until_validation:
                     return
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -214,8 +110,8 @@ class Run:
         Raises UserError if the loss is not finite.
         """
         epoch, skipped = self.state.epoch, 0
-        start, title = time.perf_counter() - epoch.seconds, f"epoch {self.epoch}/{self.num_epochs}"
-        with progress(total=self.until_validation, initial=epoch.images, desc=title, unit="img") as bar:
+        start, title = time.perf_counter() - epoch.seconds, f"epoch {self.length.epoch}/{self.length.num_epochs}"
+        with progress(total=self.length.until_validation, initial=epoch.images, desc=title, unit="img") as bar:
             line_due = time.monotonic() + 60
             for step, (images, masks) in enumerate(self._remaining()):
                 if step == 0 and self.report:
@@ -225,8 +121,9 @@ class Run:
 
                 skipped += self.state.scaler.get_scale() < scale  # fp16: a gradient has overflowed
                 epoch.seconds = time.perf_counter() - start
-                self._watch(epoch.seconds - seconds, epoch.images - photos)
-                title = f"epoch {self.epoch}/{self.num_epochs}"
+                if self.length.watch(epoch.seconds - seconds, epoch.images - photos):
+                    self._keep_num_epochs()
+                title = f"epoch {self.length.epoch}/{self.length.num_epochs}"
                 bar.set_description(title, refresh=False)
                 bar.update(epoch.images - bar.n)
                 is_silent = bar.disable and time.monotonic() > line_due  # no terminal: a line a minute in the log
@@ -246,20 +143,6 @@ class Run:
         self.trained_at = time.perf_counter()
         epoch.seconds = self.trained_at - start
 
-    def _watch(self, seconds: float, photos: int) -> None:
-        """Time a step. After some of them say when the run ends, and see to it that it ends in time."""
-        self.steps += 1
-        if self.steps == 1:  # it compiles, allocates and starts workers
-            return
-        self.timed_seconds, self.timed_photos = self.timed_seconds + seconds, self.timed_photos + photos
-        if self.s.minutes:
-            self._shorten()
-        if self.steps == 5:
-            left = self._seconds_left()
-            end = datetime.now() + timedelta(seconds=left)
-            day = "" if end.date() == datetime.now().date() else f"{end:%A}, "
-            tqdm.write(f"It takes about {duration(self.state.seconds + left)}, until {day}{end:%H:%M}.")
-
     def add(self, loss: Tensor) -> None:
         """Count a step, and keep the sum of the losses of this process's images, 0-dim."""
         epoch = self.state.epoch
@@ -269,14 +152,15 @@ class Run:
 
     def pictures(self) -> Callable[[Tensor, Tensor], None] | None:
         """Return what draws a validation batch, from its logits and each image's Dice; None where nothing is drawn."""
-        return self.report.begin(self.epoch, is_last=self.epoch == self.num_epochs) if self.report else None
+        epoch = self.length.epoch
+        return self.report.begin(epoch, is_last=epoch == self.length.num_epochs) if self.report else None
 
     def end_epoch(self, metrics: dict[str, float], photo_dice: list[float]) -> None:
         """Add a row to the history, from the means and each photo's Dice of check_accuracy; print and save."""
         self.raise_if_not_finite()  # again: validation follows new statistics of BatchNorm
         state, epoch = self.state, self.state.epoch
         row = {
-            "epoch": self.epoch,
+            "epoch": self.length.epoch,
             "train_loss": torch.stack(list(epoch.losses.values())).sum().item() / epoch.computed,
             **metrics,
             "learning_rate": state.optimizer.param_groups[0]["lr"],
@@ -350,10 +234,3 @@ class Run:
         print(f"The best weights are in {self.writer.best_path}, the newest state in {self.writer.path}.")
         if self.report:
             print(f"Look at {(self.report.folder / 'index.html').resolve().as_uri()}")
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words, such as 50 s, 12 min or 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
