@@ -220,7 +220,8 @@ def train(s: SimpleNamespace) -> None:
     check = partial(check_accuracy, val_loader, state.model, device, losses, show_size=show_size)
     score = partial(full_size_dice, device=device, batch_size=s.batch_size)
     print(f"Training on {device}, {s.batch_size} images a step.")
-    run.plan(partial(train_epoch, device=device, s=s), check, score, val_set)
+    update = partial(update_batch_norm, train_loader, 0, state.model, device)
+    run.plan(train=partial(train_epoch, device=device, s=s), update=update, check=check, score=score, val_set=val_set)
     with closing(train_loader), closing(val_loader), run.until_stopped():
         run.print_names(score_names())
         while not run.is_done:

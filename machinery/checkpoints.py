@@ -451,7 +451,7 @@ def adapted(checkpoint: dict, header: dict) -> dict:
         if checkpoint["images"]:
             print("The epoch that was cut off begins anew.")
         checkpoint |= {"images": 0, "computed": 0, "losses": {}, "seconds": 0.0}
-    if settings[0]["minutes"] != settings[1].get("minutes"):
+    if data[0]["train"] != data[1]["train"] or settings[0]["minutes"] != settings[1].get("minutes"):
         checkpoint["plan"] = None
     print(f"Continuing after {checkpoint['epoch']} epochs and {checkpoint['images']} images of the next.")
     return checkpoint

@@ -10,8 +10,9 @@ from tqdm import tqdm
 from machinery import processes
 from machinery.checkpoints import State
 from machinery.errors import UserError
-from machinery.rehearsal import FORWARD, Rehearsal
+from machinery.rehearsal import Rehearsal
 
+FORWARD = 1 / 3  # of the time of training on an image that a forward pass takes
 FEW, ENOUGH = 75, 300  # steps: after few a network has learned little; the quick start has 96
 
 
@@ -32,7 +33,7 @@ class Length:
         validation = FORWARD * (min(64, photos) + val_photos)  # in photos that are trained on
         self.every = math.ceil(10 * validation / photos) if validation > photos else 1  # epochs
         self.guess = {"image": 1.0, "validation": validation, "end": FORWARD * val_photos}  # for a rehearsal's costs
-        self.steps, self.timed_seconds, self.timed_photos = 0, 0.0, 0  # of this process; the first step is not timed
+        self.steps, self.timed_seconds, self.timed_photos = 0, 0.0, 0.0  # of this process; the first step is not timed
 
     # -----------------------------------------------------------------------------------------------------------------
     # Photos and epochs
@@ -78,7 +79,7 @@ class Length:
         return int(rounds) * photos + max(0, int((seconds - costs["validation"]) / costs["image"]))
 
     def seconds_left(self) -> float:
-        """Return how long the rest of the run takes at the speed that training has had in this process."""
+        """Return how long the rest of the run takes at the speed that training has had of late."""
         slower = self.timed_seconds / self.timed_photos / (self.state.plan or self.guess)["image"]
         return slower * self.seconds_for(self.total - self.done)
 
@@ -91,9 +92,7 @@ class Length:
         if not self.state.plan:
             self.state.plan = {"photos": self.done + 1} | rehearsal.measure(min(limit / 20, 20))
             spent = processes.broadcast_object(lambda: self.state.seconds)
-            photos = self.photos_in(
-                0.97 * limit - spent
-            )  # pictures and checkpoints, which threads write, take some, too
+            photos = self.photos_in(0.97 * limit - spent)  # threads that draw and save slow training down a little
             if photos < self.batch_size:
                 least = (spent + self.seconds_for(10 * self.batch_size)) / 60
                 raise UserError(
@@ -111,7 +110,8 @@ class Length:
         self.steps += 1
         if self.steps == 1:  # it compiles, allocates and starts workers
             return False
-        self.timed_seconds, self.timed_photos = self.timed_seconds + seconds, self.timed_photos + photos
+        kept = 0.5 ** (seconds / (6 * self.s.minutes)) if self.s.minutes else 1.0  # half of what is a tenth of them old
+        self.timed_seconds, self.timed_photos = kept * self.timed_seconds + seconds, kept * self.timed_photos + photos
         surplus = processes.all_reduce_max(self._surplus()) if self.s.minutes else 0  # the first process decides
         if surplus:
             before = self.total / self.photos
@@ -148,13 +148,13 @@ class Length:
         noun = "crops" if self.s.crop else "photos"
         if self.s.minutes:
             seconds = self.state.seconds + self.seconds_for(ENOUGH * self.batch_size)
-            advice = f"--minutes {math.ceil(seconds / 58)} takes {ENOUGH}"
-            said = f"{self.photos} {noun}: {self.s.minutes:g} minutes are {self.total / self.photos:.4g} epochs, {steps} steps"
+            enough = f"--minutes {math.ceil(seconds / 58)} takes {ENOUGH}"
+            said = f"{self.s.minutes:g} minutes are {self.total / self.photos:.4g} epochs, {steps} steps"
         else:
             epochs = 10 * math.ceil(ENOUGH / 10 / epoch_steps)
-            advice = f"--num-epochs {epochs} takes {epochs * epoch_steps}"
-            said = f"{self.photos} {noun}: {self.num_epochs} epochs are {steps} steps"
-        return f"{said}, from which a network learns little; {advice}." if steps < FEW else f"{said}."
+            enough = f"--num-epochs {epochs} takes {epochs * epoch_steps}"
+            said = f"{self.num_epochs} epochs are {steps} steps"
+        return f"{self.photos} {noun}: {said}" + (f", which is few: {enough}." if steps < FEW else ".")
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -16,8 +17,6 @@ from torch.utils.data import DataLoader
 from machinery import checkpoints, processes
 from machinery.checkpoints import CheckpointWriter, State
 from machinery.samples import Samples
-
-FORWARD = 1 / 3  # of the time of training on an image that a forward pass takes
 
 
 class Steps:
@@ -41,6 +40,7 @@ class Rehearsal:
     Args:
         loader, val_loader: of a run. Its `writer` names the checkpoint, beside which a trial is written.
         train: train.py's train_epoch, called with Steps.
+        update: update_batch_norm of loader, called with nothing.
         check: check_accuracy of val_loader, called with nothing.
         score: full_size_dice, called with a checkpoint and validation photos.
         val_set: all validation photos.
@@ -53,12 +53,13 @@ class Rehearsal:
         val_loader: DataLoader,
         writer: CheckpointWriter,
         train: Callable[[Steps], None],
+        update: Callable[[], None],
         check: Callable[[], object],
         score: Callable[[Path, Samples], object],
         val_set: Samples,
     ) -> None:
-        self.state, self.loader, self.order, self.writer = state, loader, val_loader.batch_sampler, writer
-        self.train, self.check, self.score, self.val_set = train, check, score, val_set
+        self.state, self.loader, self.val_loader, self.writer = state, loader, val_loader, writer
+        self.train, self.update, self.check, self.score, self.val_set = train, update, check, score, val_set
 
     def measure(self, seconds: float) -> dict[str, float]:
         """Return the seconds of training on an "image", of a "validation", and of the "end", the same in all processes.
@@ -66,33 +67,25 @@ class Rehearsal:
         The rehearsal itself takes about as long as `seconds`, but at least a few steps.
         """
         photos, size = len(self.loader.dataset), self.loader.batch_sampler.size
-        val_photos, val_batches = len(self.val_set.pairs), len(self.order)
+        epoch_steps, val_photos, val_batches = math.ceil(photos / size), len(self.val_set.pairs), len(self.val_loader)
+        updates = min(math.ceil(64 / size), epoch_steps)
         with self._no_trace(), redirect_stdout(io.StringIO()), self._trial_checkpoint() as path:
             with suppress(Exception):  # report.save_grid says what is wrong
                 import torchvision.utils  # noqa: F401  (the pictures need it, and it takes seconds)
-            steps, seconds_of_steps = timings(self._train, 10**9, seconds / 2)[-1]
-            batches, seconds_of_batches = timings(self._check, val_batches, seconds / 8)[-1]
+            step = mean(timings(self._train, 10**9, seconds / 2))
+            update = mean(timings(partial(limited, self.loader, self.update), updates, seconds / 8))
+            batch = mean(timings(partial(limited, self.val_loader, self.check), val_batches, seconds / 8))
             scores = timings(lambda number: self.score(path, self.val_set.part(number)), val_photos, seconds / 8)
-        image = seconds_of_steps / steps * math.ceil(photos / size) / photos
-        statistics = FORWARD * image * min(64, photos)  # update_batch_norm
-        validation = seconds_of_batches / batches * val_batches + statistics
         (_, one), (number, several) = scores[0], scores[-1]  # reading the checkpoint takes time, too
         end = several + max(0, several - one) / max(1, number - 1) * (val_photos - number)
-        costs = {"image": image, "validation": validation, "end": end}
+        validation = update * updates + batch * val_batches
+        costs = {"image": step * epoch_steps / photos, "validation": validation, "end": end}
         return processes.broadcast_object(lambda: costs)
 
     def _train(self, number: int) -> None:
         steps = Steps(self.state, self.loader, number)
         self.train(steps)
         steps.loss.item()  # waits for the device
-
-    def _check(self, number: int) -> None:
-        length = self.order.length
-        self.order.length = min(length, number * self.order.size)
-        try:
-            self.check()
-        finally:
-            self.order.length = length
 
     @contextmanager
     def _trial_checkpoint(self) -> Iterator[Path]:
@@ -116,6 +109,22 @@ class Rehearsal:
                 yield
             finally:
                 state.load_state_dict(before)
+
+
+def limited(loader: DataLoader, work: Callable[[], object], batches: int) -> None:
+    """Call what goes through a loader while it has so many batches at most."""
+    order = loader.batch_sampler
+    length, order.length = order.length, min(order.length, batches * order.size)
+    try:
+        work()
+    finally:
+        order.length = length
+
+
+def mean(found: list[tuple[int, float]]) -> float:
+    """Return the seconds for each of the last and largest number in `timings`."""
+    number, seconds = found[-1]
+    return seconds / number
 
 
 def timings(work: Callable[[int], object], most: int, seconds: float) -> list[tuple[int, float]]:

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -17,9 +16,8 @@ from machinery.checkpoints import CheckpointWriter, Epoch, State
 from machinery.errors import Stopped, UserError
 from machinery.length import Length
 from machinery.processes import progress
-from machinery.rehearsal import Rehearsal, Steps
+from machinery.rehearsal import Rehearsal
 from machinery.report import Report, save_train_batch
-from machinery.samples import Samples
 
 
 class Run:
@@ -60,21 +58,13 @@ class Run:
                 raise
             self.writer.wait()
 
-    def plan(
-        self,
-        train: Callable[[Steps], None],
-        check: Callable[[], object],
-        score: Callable[[Path, Samples], object],
-        val_set: Samples,
-    ) -> None:
+    def plan(self, **work: object) -> None:
         """Say what to expect; for MINUTES rehearse before, with Rehearsal's arguments, and choose NUM_EPOCHS.
 
         Raises UserError where there is no time for a step.
         """
         if self.s.minutes:
-            self.length.choose(
-                Rehearsal(self.state, self.loader, self.val_loader, self.writer, train, check, score, val_set)
-            )
+            self.length.choose(Rehearsal(self.state, self.loader, self.val_loader, self.writer, **work))
             self._keep_num_epochs()
         if not self.is_done:
             print(self.length.expectation())
