@@ -127,7 +127,7 @@ class Length:
 
     def _surplus(self) -> int:
         """Return for how many photos there is no time: 0 where the run ends within a twentieth of MINUTES."""
-        if processes.RANK or time.monotonic() < self.check_due:
+        if processes.RANK or time.monotonic() < self.check_due or self.done >= self.total:
             return 0
         limit, left = 60 * self.s.minutes, self.seconds_left()
         self.check_due = time.monotonic() + limit / 20

@@ -79,7 +79,7 @@ def chosen() -> tuple[int, int]:
 # The time
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_it_takes_its_time_and_the_schedule_ends_with_it(project, run_train, monkeypatch, capsys, seed):
     drawn = random.Random(seed)
     photos, val_photos, batch = drawn.randint(5, 30), drawn.randint(1, 20), drawn.randint(2, 6)
@@ -100,7 +100,7 @@ def test_it_takes_its_time_and_the_schedule_ends_with_it(project, run_train, mon
     assert float(rows()[-1]["learning_rate"]) < 0.1 * train.LEARNING_RATE
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_machine_that_becomes_slower_ends_in_time_with_a_finished_schedule(
     project, run_train, monkeypatch, capsys, seed
 ):
@@ -312,13 +312,7 @@ def test_all_processes_choose_the_same(project):
 
 @pytest.mark.parametrize(
     ("photos", "val_photos", "epochs", "validated"),
-    [
-        (4, 3, 3, [1, 2, 3]),
-        (8, 8, 2, [1, 2]),
-        (4, 16, 40, [17, 34, 40]),
-        (2, 10, 20, [20]),
-        (5, 11, 24, [11, 22, 24]),
-    ],
+    [(8, 8, 2, [1, 2]), (4, 16, 40, [17, 34, 40]), (5, 11, 24, [11, 22, 24])],
 )
 def test_epochs_of_few_photos_are_validated_less_often(project, run_train, photos, val_photos, epochs, validated):
     leave_photos(photos, val_photos)
@@ -339,7 +333,7 @@ def test_validation_takes_a_tenth_of_the_time_or_less_than_training(photos, val_
     assert Length(SimpleNamespace(), photos, val_photos, s).every == every
 
 
-@pytest.mark.parametrize("step", [3, 5, 21, 34])
+@pytest.mark.parametrize("step", [5, 21])
 def test_stopped_between_two_validations_it_continues_with_the_same_weights(project, run_train, monkeypatch, step):
     leave_photos(5, 11)
     flags = ["--num-epochs", "15"]  # of two steps, validated after 11 and 15
@@ -354,8 +348,6 @@ def test_stopped_between_two_validations_it_continues_with_the_same_weights(proj
     run_train(*flags)
     wanted, table = weights(), [(row["epoch"], row["train_loss"], row["dice"]) for row in rows()]
     clock.steps = 0
-    if step == 34:  # there are 30
-        step = 30
     stop_at(step, clock, run_train, monkeypatch, *flags)
     run_train(*flags, "--load-model")
     assert same(wanted, weights())
