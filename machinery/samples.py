@@ -368,7 +368,8 @@ def describe_values(rule: Rule, chosen: tuple | None, notes: list[Note]) -> list
     if rule.is_labels is False:
         line = "values of the masks: many or fractions: foreground is above half of the brightest"
         if unsure:
-            line += f" (--foreground-values labels takes all but 0, which is {100 * (whole / bright - 1):.0f} % more)"
+            more = whole / max(bright, 1e-9) - 1
+            line += f" (--foreground-values labels takes all but 0, which is {100 * more:.0f} % more)"
         ones = sum(note.is_zeros_and_ones for note in notes)
         meaning = "foreground" if rule.ones else "background, because it covers little"
         return [line, f"masks of 0 and 1 beside them: {ones}, in which 1 is {meaning}"][: 1 + bool(ones)]

@@ -418,6 +418,7 @@ BRIGHTNESS = {
     "noise": noisy,
     "enlarged": enlarged,
     "fractions": lambda mask: np.where(mask, 1, np.where(np.roll(mask, 1), 0.25, 0)).astype(np.float32),
+    "gradient": lambda _: np.tile(np.linspace(0, 255, 900).round().astype(np.uint8), (16, 1)),
     "few levels": lambda mask: (25 * soft(mask)).round().astype(np.uint8),
     "wide": lambda mask: (255 * cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 8)).round().astype(np.uint8),
 }
