@@ -539,16 +539,8 @@ def open_submission(args: argparse.Namespace, photos: list[Photo]) -> Submission
     """Open the submission file, with the rows that an earlier run with the same network and flags has left."""
     stat = Path(args.checkpoint).stat()
     folders = sorted({str(photo.path.resolve().parent) for photo in photos})  # test_hq has the names of test
-    decisive = (
-        stat.st_size,
-        stat.st_mtime_ns,
-        args.threshold,
-        args.tta,
-        args.size,
-        args.tile,
-        args.min_area or 0,
-        folders,
-    )
+    flags = args.threshold, args.tta, args.size, args.tile, args.min_area or 0
+    decisive = stat.st_size, stat.st_mtime_ns, *flags, folders
     key = f"{zlib.crc32(repr(decisive).encode()):08x}"
     return Submission(args.submission, [photo.path for photo in photos], key)
 

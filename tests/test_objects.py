@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -73,7 +74,7 @@ def test_an_object_touches_the_border_at_each_side(side):
     assert sorted((row["area_px"], row["touches_border"]) for row in objects(mask)) == [(1, True), (4, False)]
 
 
-TALL = cv2.resize(MASKS["blobs of 2 pixels, 0.5"], (90, 1700), interpolation=cv2.INTER_NEAREST)  # measured in bands
+TALL = np.tile(MASKS["blobs of 2 pixels, 0.5"], (20, 1))  # measured in bands of 512 rows
 ALL_MASKS = MASKS | {"one pixel": one_pixel(), "ten thousand specks": specks(), "tall blobs": TALL}
 
 
@@ -285,6 +286,22 @@ def test_specks_are_removed_from_every_output_alike(red):
     np.testing.assert_array_equal(mask_of("a", "masks_of_object/masks"), disc)
 
 
+def test_nothing_is_left_of_a_faint_speck_in_a_cutout(tmp_path):
+    """Its soft edge lies far outside of what is above the threshold."""
+    y, x = np.mgrid[:60, :60]
+    faint, clear = (np.exp(-((x - at) ** 2 + (y - 30) ** 2) / 2 / 4**2) for at in (12, 45))
+    probabilities = (0.52 * faint + clear).clip(0, 1).astype(np.float32)
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (60, 60)).save(path)
+    args = SimpleNamespace(threshold=0.5)
+    before, after = (
+        np.asarray(outputs.Prediction(path, np.zeros((60, 60, 3), np.uint8), probabilities.copy(), args, least).alpha)
+        for least in (0, 20)
+    )
+    assert before[:, :28].any() and not after[:, :28].any()
+    np.testing.assert_array_equal(after[:, 28:], before[:, 28:])
+
+
 @pytest.mark.parametrize(("min_area", "left"), [(1, 4), (2, 3), (4, 3), (5, 2), (16, 2), (17, 1), (10**6, 0)])
 def test_objects_of_the_least_area_stay(red, min_area, left):
     draw({"a": speckled()[0]})
@@ -383,7 +400,10 @@ def test_objects_are_polygons_but_with_holes_or_where_these_lose_too_much():
     kinds = {kind: [type(a["segmentation"]) for a in Objects(mask).annotations()] for kind, mask in MASKS.items()}
     assert kinds["a circle with a hole in it"] == [dict, list]
     assert set(kinds["blobs of 8 pixels, 0.1"]) == {list} and kinds["a thin circle"] == [dict]
-    assert kinds["a line"] == [dict]  # without holes, but as a polygon it would lose a fifth
+    disc = discs((40,))
+    disc[100, 60] = 0  # a polygon without it would lose next to nothing
+    assert [type(a["segmentation"]) for a in Objects(disc).annotations()] == [dict]
+    assert kinds["a line"] == [dict]  # without holes, but as a polygon it would lose an eighth
 
 
 def test_photos_of_one_name_are_told_apart(red):
