@@ -67,7 +67,7 @@ from machinery.files import (
     stem_of,
 )
 from machinery.objects import Objects
-from machinery.objects import objects as objects
+from machinery.objects import objects as objects  # for Python
 from machinery.outputs import (
     COCO_HEAD,
     OUTPUTS,
@@ -368,8 +368,8 @@ def measure(prediction: Prediction, args: argparse.Namespace) -> dict:
     """Return what Found keeps of a photo's objects. With --objects, the overlay shows their numbers."""
     found = Objects(prediction.mask, prediction.probabilities)
     prediction.numbered = found if args.objects else None
-    annotations = list(found.annotations()) if args.coco else []
-    return {"size": prediction.mask.shape, "rows": found.rows(), "annotations": annotations}
+    rows, annotations = found.rows() if args.objects else [], list(found.annotations()) if args.coco else []
+    return {"size": prediction.mask.shape, "rows": rows, "annotations": annotations}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,11 +461,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{kind}", help=f"<name>_{kind}.png: {text}".replace("%", "%%"), **takes_value)
     add("--labelme", action="store_true", help="<name>.json: the object's outlines, to correct them in LabelMe")
     add("--label", default="object", help="the object's label for LabelMe and COCO [object]")
-    small = "removes smaller objects from all that is written [0; for LabelMe 10, smaller holes, too]"
-    add("--min-area", type=int, metavar="PIXELS", help=small)
-    add(
-        "--objects", action="store_true", help="a row for each object in <output-dir>/objects.csv; numbers on --overlay"
-    )
+    small = "smaller objects are left out everywhere, in pixels; in LabelMe smaller holes, too [0, in LabelMe 10]"
+    add("--min-area", type=int, metavar="N", help=small)
+    add("--objects", action="store_true", help="objects.csv: a row for each object; their numbers on --overlay")
     add("--coco", type=Path, metavar="FILE.json", help="the objects of all photos as annotations in COCO's format")
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")
     add("--mask-dir", type=Path, help="true masks: scores at the photos' original size, in <output-dir>/scores.csv")
@@ -576,8 +574,8 @@ def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespa
     shard, submission = photos[RANK::WORLD_SIZE], None
     if args.submission:
         submission = open_submission(args, photos)
-        is_on_all = args.mask_dir or args.objects or args.coco  # what is written of all photos at once
-        shard = [photo for photo in shard if is_on_all or photo.path.name not in submission.done]
+        takes_all = args.mask_dir or args.objects or args.coco  # which do not continue, as a submission does
+        shard = [photo for photo in shard if takes_all or photo.path.name not in submission.done]
 
     start = time.perf_counter()
     table = args.output_dir / "objects.csv" if args.objects else None
@@ -591,8 +589,6 @@ def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespa
     if RANK > 0:
         return
 
-    if found:
-        write_found([part for *_, part in everyone], [photo.path for photo in photos], table, args.coco, args.label)
     failed = sum(len(failures) for failures, *_ in everyone)
     rows = [row for _, rows, _ in everyone for row in rows]
     scores = sorted((row for row in rows if "dice" in row), key=lambda row: row["dice"])
@@ -605,6 +601,8 @@ def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespa
     if uncertain:
         print(f"The least certain of {counted(len(uncertain), 'photo')}, and the share of the object that is:")
         print("\n".join(f"{row['uncertain']:16.4f}  {row['photo']}" for row in uncertain[:20]))
+    if found:
+        write_found([part for *_, part in everyone], [photo.path for photo in photos], table, args.coco, args.label)
     if submission:
         submission.write(is_complete=not failed)
     if failed:

@@ -262,9 +262,9 @@ def stamp_of(photo: Path) -> list[int] | None:
 
 
 class Found:
-    """What this process has found, a line of JSON for each photo, in a file until the run has all: memory is smaller.
+    """The objects that this process has found, a line of JSON for each photo, on the disk: memory may be too small.
 
-    The file lies beside `path`, which it is for, and is removed after an error.
+    The file lies beside `path` until write_found has read it, and is removed after an error.
     """
 
     def __init__(self, path: Path) -> None:
