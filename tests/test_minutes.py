@@ -95,8 +95,14 @@ def test_it_takes_its_time_and_the_schedule_ends_with_it(project, run_train, mon
     photos, val_photos, batch = drawn.randint(5, 30), drawn.randint(1, 20), drawn.randint(2, 6)
     leave_photos(photos, val_photos)
     image = drawn.uniform(0.5, 2)
-    minutes = round((photos + val_photos) * image * drawn.uniform(20, 30) / 60, 1)
-    clock = Clock(monkeypatch, image, image * drawn.random(), image * drawn.random())
+    minutes = round((photos + val_photos) * image * drawn.uniform(24, 36) / 60, 1)
+    clock, load_data = Clock(monkeypatch, image, image * drawn.random(), image * drawn.random()), train.load_data
+
+    def slow_load_data(*args):
+        clock.now += 20 * minutes  # a third of the time
+        return load_data(*args)
+
+    monkeypatch.setattr(train, "load_data", slow_load_data)
     run_train("--minutes", str(minutes), "--batch-size", str(batch))
     assert 0.9 * minutes < clock.minutes() < 1.1 * minutes
     epochs, total = chosen()
