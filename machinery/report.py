@@ -147,7 +147,7 @@ class Report:
         photos = [
             SimpleNamespace(
                 name=self.data.pairs[index][0].name,
-                foreground=self.data.infos["foreground"][index].item(),
+                **{name: self.data.infos[name][index].item() for name in ("height", "width", "foreground")},
                 dice=[epoch[index] for epoch in photo_dice],
                 pictures=pictures,
             )

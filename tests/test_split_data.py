@@ -4,8 +4,10 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from killed import is_killed
+from PIL import Image
 
 from machinery.errors import UserError
 from machinery.files import find_pairs, locked
@@ -335,3 +337,248 @@ def test_a_zip_that_unpacks_to_more_than_the_disk_has_is_not_unpacked(download, 
     with pytest.raises(UserError, match="GB are free in data: make room there"):
         split(download)
     assert not any(Path("data/.split/images").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Round two: the same command when data/ has files
+
+
+def draw_pair(name: str, value: int, folder: str = "", mask: str = ".png") -> None:
+    """Save a photo of one colour into photos/ and its mask, whose left part is the object, into masks/."""
+    for kind in ("photos", "masks"):
+        Path(folder, kind).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 8), (value, 99, 5)).save(Path(folder, "photos", f"{name}.png"))
+    draw_mask(Path(folder, "masks", f"{name}{mask}"), value % 9 + 2)
+
+
+def draw_mask(path: Path, columns: int) -> None:
+    mask = np.zeros((8, 12), np.uint8)
+    mask[:, :columns] = 255
+    Image.fromarray(mask).save(path)
+
+
+@pytest.fixture
+def twenty(tmp_path, monkeypatch) -> None:
+    """Twenty pairs in photos/ and masks/, which were split into data/."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(20):
+        draw_pair(f"p{number:02}", number)
+    split("photos", "masks")
+
+
+def sides() -> dict[str, str]:
+    """The side of each photo of data/, which has its mask there."""
+    found = {}
+    for side in ("train", "val"):
+        pairs = find_pairs(Path("data", f"{side}_images"), Path("data", f"{side}_masks"))
+        assert not found.keys() & {image.stem for image, _ in pairs}
+        found |= {image.stem: side for image, _ in pairs}
+    return found
+
+
+def draw_more(first: int, last: int) -> None:
+    for number in range(first, last):
+        draw_pair(f"a{number:02}", number)  # before the others by name
+
+
+def test_photos_that_are_added_leave_the_others_on_their_sides(twenty, capsys):
+    before = sides()
+    draw_more(20, 30)
+    capsys.readouterr()
+    split("photos", "masks")
+    assert sides() == before | {f"a{number}": "train" for number in range(20, 30)}
+    assert "New photos: 10 for training, 0 for validation" in capsys.readouterr().out
+    content = files("data")
+    split("photos", "masks")
+    assert files("data") == content
+    assert "New photos: 0 for training, 0 for validation" in capsys.readouterr().out
+
+
+def test_a_share_that_is_given_holds_for_all_photos_but_moves_none(twenty):
+    before = sides()
+    draw_more(20, 40)
+    split("photos", "masks", "--val-share", "0.25")
+    assert before.items() <= sides().items() and list(sides().values()).count("val") == 10
+
+
+def test_new_photos_of_a_car_join_its_others(download, drawn):
+    split(download)
+    before = sides()
+    for number, stem in enumerate(("train", "val")):
+        photo = next(Path("data", f"{stem}_images").iterdir())
+        shutil.move(photo, f"{photo.stem[:12]}_9{number}.jpg")
+        mask = Path("data", f"{stem}_masks", f"{photo.stem}_mask.gif")
+        Path("more").mkdir(exist_ok=True)
+        shutil.move(f"{photo.stem[:12]}_9{number}.jpg", "more")
+        shutil.move(mask, f"more/{photo.stem[:12]}_9{number}_mask.gif")
+        before[f"{photo.stem[:12]}_9{number}"] = before.pop(photo.stem)
+    split("more", "--val-share", "0.5")
+    assert sides() == before
+
+
+@pytest.mark.parametrize("ending", [".png", ".gif", ".bmp"])
+def test_a_replaced_mask_is_taken_whatever_its_ending(ending, twenty, capsys):
+    before = sides()
+    for name in ("p03", next(name for name, side in before.items() if side == "val")):
+        Path(f"masks/{name}.png").unlink()
+        draw_mask(Path(f"masks/{name}{ending}"), 11)
+    split("photos", "masks")
+    assert sides() == before and "and are replaced: 2, such as data/" in capsys.readouterr().out
+    (mask,) = Path("data").glob("*_masks/p03_mask.*")
+    assert mask.suffix == ending and np.asarray(Image.open(mask).convert("L"))[0, 10]
+
+
+def test_a_photo_that_has_vanished_from_the_sources_stays(twenty, capsys):
+    before = sides()
+    for kind in ("photos", "masks"):
+        Path(f"{kind}/p05.png").unlink()
+    split("photos", "masks")
+    assert sides() == before and "not in the sources, and stay: 1, such as p05" in capsys.readouterr().out
+
+
+def test_a_mask_that_was_retouched_in_data_is_not_overwritten(twenty, capsys):
+    (mask,) = Path("data").glob("*_masks/p03_mask.png")
+    draw_mask(mask, 1)
+    retouched = mask.read_bytes()
+    split("photos", "masks")
+    assert mask.read_bytes() == retouched and "changed here, and stay: 1, such as" in capsys.readouterr().out
+    draw_mask(Path("masks/p03.png"), 10)
+    before = files("data")
+    with pytest.raises(UserError, match=r"p03_mask.png was retouched, and masks/p03.png has changed, too: delete"):
+        split("photos", "masks")
+    assert {path: content for path, content in files("data").items() if ".split/" not in path} == before
+    mask.unlink()
+    split("photos", "masks")
+    assert mask.read_bytes() == Path("masks/p03.png").read_bytes()
+
+
+def test_another_photo_of_the_same_name_replaces_none(twenty):
+    draw_pair("p03", 200, "others")
+    before = files("data")
+    with pytest.raises(UserError, match=r"others/photos/p03.png differs from data/\w+/p03.png, which has its name"):
+        split("others/photos", "others/masks")
+    assert {path: content for path, content in files("data").items() if ".split/" not in path} == before
+
+
+def test_emptied_folders_get_the_same_sides_unless_others_are_asked_for(twenty):
+    before = sides()
+    draw_more(20, 30)
+    empty_the_folders()
+    split("photos", "masks")
+    assert before.items() <= sides().items() and set(sides().items() - before.items()) == {
+        (f"a{number}", "train") for number in range(20, 30)
+    }
+    others = []
+    for flags in (["--seed", "5"], ["--val-share", "0.4"]):
+        empty_the_folders()
+        split("photos", "masks", *flags)
+        others.append(sides())
+        assert not before.items() <= sides().items()
+    assert list(others[1].values()).count("val") == 12
+    empty_the_folders()
+    split("photos", "masks")
+    assert sides() == others[1]
+
+
+def test_photos_that_were_moved_by_hand_stay_there(twenty):
+    for side, other in (("train", "val"), ("val", "train")):
+        photo = min(Path(f"data/{side}_images").iterdir())
+        shutil.move(photo, f"data/{other}_images")
+        shutil.move(f"data/{side}_masks/{photo.stem}_mask.png", f"data/{other}_masks")
+    before = sides()
+    split("photos", "masks")
+    assert sides() == before
+    empty_the_folders()
+    split("photos", "masks")
+    assert sides() == before
+
+
+def test_data_that_was_filled_by_hand_is_added_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        draw_pair(f"p{number}", number)
+        side = ("train", "val")[number % 2]
+        for kind, source, name in (("images", "photos", f"p{number}.png"), ("masks", "masks", f"p{number}.png")):
+            Path(f"data/{side}_{kind}").mkdir(parents=True, exist_ok=True)
+            shutil.copy(f"{source}/{name}", f"data/{side}_{kind}")
+    draw_mask(Path("masks/p1.png"), 9)
+    draw_pair("p4", 4)
+    split("photos", "masks")
+    assert sides() == {"p0": "train", "p1": "val", "p2": "train", "p3": "val", "p4": "train"}
+    assert [path.name for path in Path("data/val_masks").glob("p1*")] == ["p1_mask.png"]
+
+
+def test_data_is_not_sorted_into_itself(twenty):
+    with pytest.raises(UserError, match="data/train_images is one of the folders that photos are sorted into"):
+        split("data/train_images", "data/train_masks")
+    shutil.move("photos", "data/photos")
+    shutil.move("masks", "data/masks")
+    before = sides()
+    split("data", "--move")
+    assert sides() == before and not list(Path("data/photos").iterdir())
+
+
+def test_photos_without_partners_in_data_are_named(twenty):
+    Path("data/val_masks/mine_mask.gif").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"data/val_masks/mine_mask.gif has no photo in data/val_images"):
+        split("photos", "masks")
+    Path("data/val_masks/mine_mask.gif").unlink()
+    shutil.copy("photos/p03.png", "data/train_images/mine.png")
+    with pytest.raises(UserError, match=r"data/train_images/mine.png has no mask: add it, or move the photo away"):
+        split("photos", "masks")
+
+
+def test_without_any_for_validation_it_says_what_to_do(twenty):
+    for path in Path("data").glob("val_*/*"):
+        path.unlink()
+    for path in Path("data/train_images").iterdir():
+        shutil.copy(path, "kept.png")
+    names = [path.stem for path in Path("data/train_images").iterdir()]
+    for path in [*Path("photos").iterdir(), *Path("masks").iterdir()]:
+        if path.stem not in names:
+            path.unlink()
+    with pytest.raises(UserError, match="all photos are on the side of train: move some, with their masks,"):
+        split("photos", "masks")
+
+
+def test_a_damaged_memory_is_named(twenty):
+    for damage in ("{", "[1]", '{"sides": {}}'):
+        Path("data/.split.json").write_text(damage)
+        with pytest.raises(UserError, match=r"data/.split.json, which remembers the sides of photos, is damaged"):
+            split("photos", "masks")
+
+
+@pytest.mark.parametrize("how", ["--move", "--link", None])
+def test_round_two_killed_anywhere_is_run_again(how, twenty, tmp_path, monkeypatch):
+    """A mask that is replaced, one with another ending, a new photo: each is old or new, and no original is lost."""
+    flags, kept = [how] if how else [], ["p00", "p01", "p02", "p03"]
+    for path in [*Path("data").glob("*_*/*"), *Path("photos").iterdir(), *Path("masks").iterdir()]:
+        if path.stem.removesuffix("_mask") not in kept:
+            path.unlink()
+    Path("data/.split.json").unlink()
+    shutil.rmtree("data")
+    split("photos", "masks")
+    draw_mask(Path("masks/p01.png"), 11)
+    Path("masks/p02.png").unlink()
+    draw_mask(Path("masks/p02.gif"), 11)
+    draw_more(20, 21)
+    shutil.copytree(tmp_path, tmp_path.with_name("start"))
+    split("photos", "masks", *flags)
+    wanted = {path: content for path, content in files("data").items() if ".lock" not in path}
+    originals = {path.stem for path in Path("photos").iterdir()}
+    assert len(originals) == (0 if how == "--move" else 5)
+    for number in range(1000):
+        folder = tmp_path.with_name(f"start{number}")
+        shutil.copytree(tmp_path.with_name("start"), folder)
+        monkeypatch.chdir(folder)
+        was_killed = is_killed(lambda: split("photos", "masks", *flags), number)
+        for name in ("p00", "p01", "p02", "p03", "a20"):
+            assert [*Path("data").glob(f"*_images/{name}.png"), *Path("photos").glob(f"{name}.png")]
+            assert [*Path("data").glob(f"*_masks/{name}_mask.*"), *Path("masks").glob(f"{name}.*")]
+        with suppress(UserError):  # all originals may be gone
+            split("photos", "masks", *flags)
+        assert {path: content for path, content in files("data").items() if ".lock" not in path} == wanted
+        if not was_killed:
+            break
+        shutil.rmtree(folder)
+    assert number > 20

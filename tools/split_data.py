@@ -1,11 +1,16 @@
-"""Sort Kaggle's download into data/, so that all photos of one car are either in training or in validation.
+"""Sort photos and masks into data/, part of them for validation. Run it again when there are more.
 
+    python -m tools.split_data photos masks                 # your own, in this order; --move deletes them there
+    python -m tools.split_data ~/Downloads/carvana          # a folder with photos and masks, or with Kaggle's zip files
     python -m tools.split_data train.zip train_masks.zip    # as downloaded; train_hq.zip serves as well as train.zip
-    python -m tools.split_data ~/Downloads/carvana          # a folder with these files, or with what was in them
-    python -m tools.split_data photos masks --move          # your own, in this order
 
 Masks are the files whose names end in _mask. Where there are none, they are those in folders that are named for masks,
-or else those of the second of two sources, and have their photos' names.
+or else those of the second of two sources, and have their photos' names. All photos of one of Carvana's cars are on
+one side.
+
+The next run adds new photos and takes masks that have changed. A photo stays on its side, and what is no longer in the
+sources stays, too. New photos are for training, so that scores compare; --val-share or --seed shares them out. Where
+the four folders were emptied, these two choose anew, and without them photos return to their sides.
 
 Files gather in data/.split first, and move to their places when every pair is there and can be decoded. A run that was
 stopped anywhere is simply run again; originals are deleted (--move) last of all, each only beside its equal copy.
@@ -21,7 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -55,6 +60,8 @@ from machinery.settings import Parser
 
 LARGEST = 2**30  # bytes of a photo in a zip: a larger one is a bomb
 MASKS_FOLDER = re.compile(r"mask|label|annot|seg|truth|^gt$", re.IGNORECASE)  # in such a name
+SIDES = "train", "val"
+VAL_SHARE = 0.15  # of the cars or photos, by default
 NOT_SEARCHED = {"test", "test_hq", "sample", "cache", "saved_images"}  # test photos have no masks; the others are ours
 
 
@@ -79,17 +86,22 @@ class Source:
         return Path(self.origin).parent
 
 
-def find_sources(paths: list[Path], bring: Callable[[Path, Path], object]) -> Iterator[Source]:
-    """Yield every file in these zips and folders, and in the folders' train*.zip, that is no clutter."""
+def find_sources(paths: list[Path], bring: Callable[[Path, Path], object], targets: set[Path]) -> Iterator[Source]:
+    """Yield every file in these zips and folders, and in the folders' train*.zip, that is no clutter.
+
+    `targets` are the resolved folders into which they will be sorted: they are no sources.
+    """
     for number, path in enumerate(paths):
         if not path.exists():
             raise UserError(f"{path} does not exist: correct the path")
+        if path.resolve() in targets:
+            raise UserError(f"{path} is one of the folders that photos are sorted into: choose another --data-dir")
         if path.suffix.lower() == ".zip":
             yield from zip_sources(path, number)
         elif path.is_dir():
             for file in files_below(path):
                 folders = file.relative_to(path).parts[:-1]
-                if NOT_SEARCHED.intersection(folders):
+                if NOT_SEARCHED.intersection(folders) or file.parent.resolve() in targets:
                     continue
                 if re.fullmatch(r"train.*\.zip", file.name):
                     yield from zip_sources(file, number)
@@ -239,68 +251,209 @@ def verify(stage: Path, origins: dict[str, str], suffix: str) -> list[tuple[Path
     return pairs
 
 
-def group_of(image: Path) -> str:
-    """Return a photo's car; one that is not named as Carvana's stands for itself."""
-    return car_of(image) or image.stem
-
-
-def choose_val_cars(cars: set[str], share: float, seed: int) -> set[str]:
-    """Choose a random share of the cars or single photos, at least one, and never all."""
-    if len(cars) < 2:
-        one = next(iter(cars))
-        what = f"all photos are of one car, {one}" if car_of(Path(f"{one}_01.jpg")) else f"{one} is the only photo"
-        raise UserError(f"{what}: a second one is needed to validate on")
-    count = min(max(1, round(share * len(cars))), len(cars) - 1)
-    return set(np.random.default_rng(seed).permutation(sorted(cars))[:count].tolist())
-
-
-def gather_all(
-    sources: list[Path], data_dir: Path, val_share: float, seed: int, how: str, suffix: str, is_united: bool
-) -> None:
-    """Bring the sources into data_dir/.split, and write its plan.json when nothing can go wrong any more."""
-    stage = data_dir / ".split"
-    for folder in folders_of(data_dir):
-        if folder.exists() and files_in(folder):
-            raise UserError(f"{folder} has files already: move what is there away, or choose another --data-dir")
+def gather_all(sources: list[Path], data_dir: Path, how: str, suffix: str, is_united: bool) -> dict[str, str]:
+    """Bring the sources into data_dir/.split, and return what `gather` does."""
+    stage, targets = data_dir / ".split", {folder.resolve() for folder in folders_of(data_dir)}
     shutil.rmtree(stage, ignore_errors=True)
     for kind in ("images", "masks"):
         (stage / kind).mkdir(parents=True)
     bring = {"copy": copy_file, "link": link, "move": link_or_copy}[how]
-    origins = gather(find_sources(sources, bring), stage, suffix)
+    origins = gather(find_sources(sources, bring, targets), stage, suffix)
     unite_masks(stage, origins, suffix, is_united)
-    pairs = verify(stage, origins, suffix)
-    val_cars = choose_val_cars({group_of(image) for image, _ in pairs}, val_share, seed)
-    places, originals = {}, {}
-    for image, mask in pairs:
-        name = "val" if group_of(image) in val_cars else "train"
-        places[f"images/{image.name}"] = f"{name}_images/{image.name}"
-        places[f"masks/{mask.name}"] = f"{name}_masks/{image.stem}{MASK_SUFFIX}{mask.suffix}"
-    if how == "move":
-        for file, place in places.items():
-            original = Path(origins.get(file, "")).absolute()
-            if original.is_file():  # what came out of a zip is none, and a united mask has none
-                originals[place] = str(original)
-    with written_whole(stage / "plan.json") as temporary:
-        temporary.write_text(json.dumps({"places": places, "originals": originals}))
+    return origins
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in data/ already
 
 
 def folders_of(data_dir: Path) -> list[Path]:
-    return [data_dir / f"{name}_{kind}" for name in ("train", "val") for kind in ("images", "masks")]
+    return [data_dir / f"{side}_{kind}" for side in SIDES for kind in ("images", "masks")]
 
 
-def stopped_plan(data_dir: Path) -> dict[str, dict[str, str]] | None:
-    """Return the plan of a run that was stopped while it brought files to their places or deleted originals, or None.
+@dataclass
+class Placed:
+    """A photo in data/, and its mask, if it has one."""
 
-    It is void where files have been taken out of the four folders, or added in the place of others.
+    side: str
+    photo: Path
+    mask: Path | None
+
+
+def find_placed(data_dir: Path) -> dict[str, list[Placed]]:
+    """Return what is in the four folders, by its stem, of which each side may have one."""
+    placed: dict[str, list[Placed]] = {}
+    for side in SIDES:
+        photos, masks = (images_in(data_dir / f"{side}_{kind}") for kind in ("images", "masks"))
+        found = find_masks({stem_of(photo) for photo in photos}, data_dir / f"{side}_masks")[0] if masks else {}
+        for photo in photos:
+            placed.setdefault(stem_of(photo), []).append(Placed(side, photo, found.get(stem_of(photo))))
+    return placed
+
+
+def images_in(folder: Path) -> list[Path]:
+    return list(filter(is_image, files_in(folder))) if folder.exists() else []
+
+
+@dataclass
+class Memory:
+    """What data/.split.json keeps by the photos' stems: their sides, and checksums of masks as the sources had them."""
+
+    sides: dict[str, str]
+    masks: dict[str, int]
+
+    @classmethod
+    def read(cls, data_dir: Path) -> "Memory":
+        file = data_dir / ".split.json"
+        try:
+            return cls(**json.loads(file.read_text()))
+        except FileNotFoundError:
+            return cls({}, {})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file}, which remembers the sides of photos, is damaged: delete it") from error
+
+    def write(self, data_dir: Path) -> None:
+        with written_whole(data_dir / ".split.json") as temporary:
+            temporary.write_text(json.dumps(vars(self), indent=0, sort_keys=True))
+
+
+def checksum(file: Path) -> int:
+    return zlib.crc32(file.read_bytes())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The split
+
+
+def group_of(image: Path) -> str:
+    """Return a photo's car; one that is not named as Carvana's stands for itself."""
+    return car_of(image) or stem_of(image)
+
+
+def choose_val_cars(cars: set[str], share: float, seed: int, old: dict[str, str]) -> set[str]:
+    """Choose new cars or single photos at random until a share of all is for validation, but neither none nor all.
+
+    `old` are the sides of the others, which stay. Raises UserError where one side has none.
     """
-    stage = data_dir / ".split"
-    if not (stage / "plan.json").exists():
-        return None
-    plan = json.loads((stage / "plan.json").read_text())
-    placed = [(data_dir / place).exists() for place in plan["places"].values()]
-    waiting = [(stage / file).exists() for file in plan["places"]]
-    is_whole = any(placed) and all(one != other for one, other in zip(placed, waiting, strict=True))
-    return plan if is_whole else None
+    count, old_val = len(cars) + len(old), list(old.values()).count("val")
+    if count < 2:
+        one = next(iter(cars | old.keys()))
+        what = f"all photos are of one car, {one}" if car_of(Path(f"{one}_01.jpg")) else f"{one} is the only photo"
+        raise UserError(f"{what}: a second one is needed to validate on")
+    wanted = min(max(1, round(share * count)), count - 1) - old_val
+    chosen = np.random.default_rng(seed).permutation(sorted(cars))[: max(0, wanted)].tolist()
+    if not 0 < old_val + len(chosen) < count:
+        one, other = ("val", "train") if old_val else ("train", "val")
+        raise UserError(f"all photos are on the side of {one}: move some, with their masks, to that of {other}")
+    return set(chosen)
+
+
+def choose_sides(
+    photos: list[Path], placed: dict[str, list[Placed]], sides: dict[str, str], share: float | None, seed: int | None
+) -> dict[str, str]:
+    """Return the side of each photo by its stem: where it is, else where it was, else its car's, else a chosen one.
+
+    `sides` are those where photos were. With neither share nor seed new photos are for training, unless all are new.
+    """
+    there = [pair for pairs in placed.values() for pair in pairs]
+    sides = sides | {stem_of(pair.photo): pair.side for pair in there}
+    old = {group_of(photo): sides[stem_of(photo)] for photo in photos if stem_of(photo) in sides}
+    old |= {group_of(pair.photo): pair.side for pair in there}
+    new = {group_of(photo) for photo in photos} - old.keys()
+    if share is None:
+        share = 0 if old and seed is None else VAL_SHARE
+    val = choose_val_cars(new, share, seed or 0, old)
+    of_group = old | {group: "val" if group in val else "train" for group in new}
+    return {stem_of(photo): of_group[group_of(photo)] for photo in photos} | sides
+
+
+@dataclass
+class Plan:
+    """What a run changes in data/."""
+
+    placed: dict[str, list[Placed]]  # what was there before
+    stems: set[str]  # of the sources' photos
+    before: Memory
+    after: Memory
+    copies: dict[str, Path] = field(default_factory=dict)  # where each file of the stage is, or will be
+    added: dict[str, Path] = field(default_factory=dict)  # those of them that are to be brought there
+    replaced: list[Path] = field(default_factory=list)  # masks that go, or get another content
+    kept: list[Path] = field(default_factory=list)  # masks that were retouched there, and not in the sources
+
+    def write_originals(self, origins: dict[str, str], path: Path) -> None:
+        """List the files of the sources by their copies; what came out of a zip, or was united, is none."""
+        files = {str(copy.absolute()): Path(origins.get(file, "")).absolute() for file, copy in self.copies.items()}
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps({copy: str(file) for copy, file in files.items() if file.is_file()}))
+
+
+def make_plan(
+    pairs: list[tuple[Path, Path]], origins: dict[str, str], data_dir: Path, share: float | None, seed: int | None
+) -> Plan:
+    """Compare the pairs in the stage with those in data/. Raises UserError where a file would be lost or left alone."""
+    placed, before = find_placed(data_dir), Memory.read(data_dir)
+    if not placed and (share, seed) != (None, None):  # the user wants another choice
+        before = Memory({}, {})
+    after = Memory(choose_sides([image for image, _ in pairs], placed, before.sides, share, seed), before.masks.copy())
+    plan = Plan(placed, {stem_of(image) for image, _ in pairs}, before, after)
+    for image, mask in pairs:
+        stem, (image_file, mask_file) = stem_of(image), (f"images/{image.name}", f"masks/{mask.name}")
+        same = next((pair for pair in placed.get(stem, []) if filecmp.cmp(pair.photo, image, shallow=False)), None)
+        if stem in placed and not same:
+            raise UserError(
+                f"{origins[image_file]} differs from {placed[stem][0].photo}, which has its name: rename it and its "
+                "mask, or delete that one if this is to replace it"
+            )
+        side = same.side if same else after.sides[stem]
+        after.masks[stem] = checksum(mask)
+        photo = same.photo if same else data_dir / f"{side}_images" / image.name
+        old, new = same and same.mask, data_dir / f"{side}_masks" / f"{photo.stem}{MASK_SUFFIX}{mask.suffix}"
+        plan.copies |= {image_file: photo, mask_file: new}
+        if not same:
+            plan.added[image_file] = photo
+        if old and (filecmp.cmp(old, mask, shallow=False) or before.masks.get(stem) == after.masks[stem]):
+            plan.copies[mask_file] = old
+            if checksum(old) != after.masks[stem]:
+                plan.kept.append(old)
+            continue
+        plan.added[mask_file] = new
+        if old:
+            if before.masks.get(stem, checksum(old)) != checksum(old):
+                origin = origins.get(mask_file, f"the united mask of {stem}")
+                raise UserError(f"{old} was retouched, and {origin} has changed, too: delete the one that is worse")
+            plan.replaced.append(old)
+    check_partners(data_dir, plan)
+    return plan
+
+
+def check_partners(data_dir: Path, plan: Plan) -> None:
+    """Raise UserError for a photo or mask in data/ that would have no partner when the plan is done."""
+    new = set(plan.added.values())
+    for pair in (pair for pairs in plan.placed.values() for pair in pairs):
+        mask = data_dir / f"{pair.side}_masks" / f"{pair.photo.stem}{MASK_SUFFIX}"
+        if not pair.mask and not any(path.with_suffix("") == mask for path in new):
+            raise UserError(f"{pair.photo} has no mask: add it, or move the photo away")
+    for side in SIDES:
+        folder, images = data_dir / f"{side}_masks", data_dir / f"{side}_images"
+        stems = {stem_of(path) for path in (*images_in(images), *new) if path.parent == images}
+        if images_in(folder) and (unused := find_masks(stems, folder)[1]):
+            raise UserError(f"{unused[0]} has no photo in {images}: add the photo, or move the mask away")
+
+
+def carry_out(plan: Plan, data_dir: Path) -> None:
+    """Bring the plan's files from the stage to their places. After a kill the next run finds the rest to do."""
+    # Sides before there are photos, so that the same ones are for validation after a kill. Checksums afterwards: until
+    # then a mask that differs from the source's is one to replace.
+    Memory(plan.after.sides, plan.before.masks).write(data_dir)
+    for folder in folders_of(data_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, place in plan.added.items():
+        (data_dir / ".split" / file).replace(place)
+    for path in (*plan.added.values(), *folders_of(data_dir)):
+        sync(path)
+    for mask in set(plan.replaced) - set(plan.added.values()):  # with another ending than the new one
+        mask.unlink()
+    plan.after.write(data_dir)
 
 
 def delete_original(original: Path, copy: Path) -> bool:
@@ -317,47 +470,75 @@ def delete_original(original: Path, copy: Path) -> bool:
     return not original.exists()
 
 
+def delete_originals(file: Path) -> None:
+    """Delete the files that a JSON file lists by their copies, and say which stay."""
+    originals = {Path(original): Path(copy) for copy, original in json.loads(file.read_text()).items()}
+    kept = [original for original, copy in originals.items() if not delete_original(original, copy)]
+    if kept:
+        print(f"Originals that differ from their copies or cannot be deleted: {len(kept)}, such as {kept[0]}, kept")
+
+
 def split(
-    sources: list[Path], data_dir: Path, val_share: float, seed: int, how: str, suffix: str, is_united: bool = False
+    sources: list[Path],
+    data_dir: Path,
+    val_share: float | None,
+    seed: int | None,
+    how: str,
+    suffix: str,
+    is_united: bool = False,
 ) -> None:
     """Sort the sources into data_dir's four folders. An error leaves both as they were.
 
     Args:
-        val_share: of the cars, to validate on.
+        val_share, seed: of the cars or photos to validate on; None as choose_sides says.
         how: "copy", "link" or "move".
         suffix: what masks' names end in; "" where they have their photos' names.
         is_united: whether several masks of a photo become one.
     """
-    stage = data_dir / ".split"
-    if plan := stopped_plan(data_dir):
-        print(f"Finishing the split that was stopped in {data_dir}; for another one move its files away and run again.")
+    stage, plan = data_dir / ".split", None
+    if (stage / "originals.json").exists():
+        print(f"Finishing the split that was stopped in {data_dir}; run again for what is new.")
     else:
-        gather_all(sources, data_dir, val_share, seed, how, suffix, is_united)
-        plan = json.loads((stage / "plan.json").read_text())
-    for folder in folders_of(data_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    for file, place in plan["places"].items():
-        if (stage / file).exists():
-            (stage / file).replace(data_dir / place)
-    originals = {Path(original): data_dir / place for place, original in plan["originals"].items() if how == "move"}
-    for path in (*originals.values(), *folders_of(data_dir)):
-        sync(path)
-    if kept := [original for original, copy in originals.items() if not delete_original(original, copy)]:
-        print(f"Originals that differ from their copies or cannot be deleted: {len(kept)}, such as {kept[0]}, kept")
+        origins = gather_all(sources, data_dir, how, suffix, is_united)
+        plan = make_plan(verify(stage, origins, suffix), origins, data_dir, val_share, seed)
+        carry_out(plan, data_dir)
+        if how == "move":
+            plan.write_originals(origins, stage / "originals.json")
+    if how == "move":
+        delete_originals(stage / "originals.json")
     shutil.rmtree(stage)
-    for name in ("train", "val"):
-        images = [path for path in (data_dir / f"{name}_images").iterdir() if is_image(path)]
+    for side in SIDES:
+        images = images_in(data_dir / f"{side}_images")
         cars = {group_of(image) for image in images}
         of_cars = f" of {counted(len(cars), 'car')}" if any(map(car_of, images)) else ""
-        print(f"{name:5}  {counted(len(images), 'photo')}{of_cars} in {data_dir}/{name}_images")
+        print(f"{side:5}  {counted(len(images), 'photo')}{of_cars} in {data_dir}/{side}_images")
+    for line in changes(plan) if plan and plan.placed else ():
+        print(line)
+
+
+def changes(plan: Plan) -> Iterator[str]:
+    """Say what a plan has changed in folders that had photos, a line each."""
+    train, val = (sum(path.parent.name == f"{side}_images" for path in plan.added.values()) for side in SIDES)
+    yield f"New photos: {train} for training, {val} for validation"
+    if train and not val:
+        yield f"They are all for training, so that scores compare; --val-share {VAL_SHARE} shares new ones out"
+    missing = [stem for stem in plan.placed if stem not in plan.stems]
+    for what, found in (
+        ("Masks that have changed in the sources, and are replaced", plan.replaced),
+        ("Masks that have changed here, and stay", plan.kept),
+        ("Photos that are not in the sources, and stay", missing),
+    ):
+        if found:
+            yield f"{what}: {len(found)}, such as {found[0]}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m tools.split_data", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="zip files and folders")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the four folders are [data]")
-    parser.add_argument("--val-share", type=float, default=0.15, help="share of cars or photos to validate on [0.15]")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of these [0]")
+    share = f"share of cars or photos to validate on [{VAL_SHARE}; where there are some already, new ones are to train]"
+    parser.add_argument("--val-share", type=float, help=share)
+    parser.add_argument("--seed", type=int, help="of the choice of these [0]")
     suffix = "what masks' names end in, '' where they have their photos' names; it becomes _mask [_mask]"
     parser.add_argument("--mask-suffix", default=MASK_SUFFIX, help=suffix)
     parser.add_argument("--unite", action="store_true", help="several masks of a photo (x_mask, x_mask_1) become one")
@@ -365,9 +546,9 @@ def main(argv: list[str] | None = None) -> None:
     how.add_argument("--move", dest="how", action="store_const", const="move", help="delete the originals in folders")
     how.add_argument("--link", dest="how", action="store_const", const="link", help="hard-link them: takes no space")
     args = parser.parse_args(argv)
-    if args.seed < 0:
+    if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed is {args.seed}: choose a whole number, at least 0")
-    if not 0 < args.val_share < 1:
+    if args.val_share is not None and not 0 < args.val_share < 1:
         raise UserError(f"--val-share is {args.val_share}: choose a share between 0 and 1, such as 0.15")
     how, suffix = args.how or "copy", nfc(args.mask_suffix)
     try:
