@@ -4,15 +4,18 @@
     python predict.py folder --cutout --background white          # the car without its background, and on another
     python predict.py data/val_images --mask-dir data/val_masks   # and scores against the truth, worst photos first
     python predict.py folder --labelme --label car                # outlines, to be corrected in LabelMe
+    python predict.py folder --objects --min-area 20              # objects.csv: how many, how large, where
     python predict.py test --submission submission.csv.gz         # Kaggle's format; continues where it was stopped
     torchrun --nproc_per_node=4 predict.py folder                 # shares the photos among four processes
 
-In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model, image) gives probabilities.
+In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model, image) gives probabilities,
+and objects(probabilities) the rows of objects.csv.
 """
 
 import argparse
 import math
 import os
+import re
 import sys
 import time
 import zlib
@@ -63,14 +66,19 @@ from machinery.files import (
     save_metrics,
     stem_of,
 )
+from machinery.objects import Objects
+from machinery.objects import objects as objects  # for Python
 from machinery.outputs import (
+    COCO_HEAD,
     OUTPUTS,
+    Found,
     Prediction,
     Submission,
     check_table,
     is_ours,
     load_background,
     made_by_hand,
+    write_found,
     write_labelme,
     write_png,
 )
@@ -300,7 +308,11 @@ def run_network(model: Predictor, decoded: Iterator, batch_size: int, tta: bool)
 
 
 def write_all(
-    photos: list[Photo], model: Predictor, args: argparse.Namespace, submission: Submission | None
+    photos: list[Photo],
+    model: Predictor,
+    args: argparse.Namespace,
+    submission: Submission | None,
+    found: Found | None,
 ) -> tuple[list[str], list[dict]]:
     """Predict photos and write what is asked for. Return what failed, a sentence each, and the scores."""
     failures, scores = [], []
@@ -311,11 +323,17 @@ def write_all(
 
     write = partial(finish, is_original=model.size == 1, rule=model.rule, args=args)
     with progress(total=len(photos), desc="predicting", unit="photo") as bar:
-        for photo, row, runs in predict_all(photos, model, decode, write, args.batch_size, args.tta, failures):
+        results = predict_all(photos, model, decode, write, args.batch_size, args.tta, failures)
+        for photo, row, runs, measured in results:
             if row:
                 scores.append({"photo": str(photo.path)} | row)
             if submission:
                 submission.add(photo.path, runs)
+            if found:
+                found.add({"photo": str(photo.path)} | measured)
+            if args.objects:
+                areas = [row["area_px"] for row in measured["rows"]]
+                tqdm.write(f"{photo.path}: {len(areas)} object{'s' * (len(areas) != 1)}, {sum(areas)} pixels")
             bar.update()
     return failures, scores
 
@@ -325,33 +343,44 @@ def finish(
 ) -> tuple:
     """Write all that is asked for, from the network's input, uint8 (h, w, 3), and output, float32 (h, w).
 
-    `is_original` says that the input has the photo's original size. Return the photo, its scores and its run lengths,
-    the last two where they are asked for.
+    `is_original` says that the input has the photo's original size. Return the photo, its scores, its run lengths and
+    its objects, the last three where they are asked for.
     """
     with large_ones_wait(photo.path):
         full = image if is_original else read_image(photo.path, None, rule)
-        prediction = Prediction(photo.path, full, enlarge(logits, image, full), args)
+        prediction = Prediction(photo.path, full, enlarge(logits, image, full), args, args.min_area or 0)
         runs = rle_encode(prediction.mask) if args.submission else None
+        measured = measure(prediction, args) if args.objects or args.coco else None
         for kind in args.outputs:
             write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
-        scores = score(prediction.mask, photo.mask, rule) if photo.mask else None
+        scores = score(prediction.mask, photo.mask, rule, prediction.specks) if photo.mask else None
         shapes = args.output_dir / f"{photo.name}.json"
         if args.labelme and (kept := made_by_hand(photo.path, shapes)):
             tqdm.write(f"kept: {kept}, which was made or corrected by hand")
         elif args.labelme:
-            write_labelme(shapes, prediction.mask, photo.path, args.label, args.min_area)
+            min_area = 10 if args.min_area is None else args.min_area
+            write_labelme(shapes, prediction.mask, photo.path, args.label, min_area)
             scores = scores or {"uncertain": uncertain_share(prediction.probabilities)}
-    return photo, scores, runs
+    return photo, scores, runs, measured
+
+
+def measure(prediction: Prediction, args: argparse.Namespace) -> dict:
+    """Return what Found keeps of a photo's objects. With --objects, the overlay shows their numbers."""
+    found = Objects(prediction.mask, prediction.probabilities)
+    prediction.numbered = found if args.objects else None
+    rows, annotations = found.rows() if args.objects else [], list(found.annotations()) if args.coco else []
+    return {"size": prediction.mask.shape, "rows": rows, "annotations": annotations}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def score(mask: np.ndarray, path: Path, rule: Rule | None) -> dict[str, float]:
+def score(mask: np.ndarray, path: Path, rule: Rule | None, specks: np.ndarray | None = None) -> dict[str, float]:
     """Return the scores of a mask, uint8 (H, W) in {0, 255}, against the true one in a file, as scores.csv has them.
 
-    They are those of utils.image_scores, Dice and IoU first, and boundary F1. Raises UserError if sizes differ.
+    They are those of utils.image_scores, Dice and IoU first, and boundary F1. Where --min-area has removed `specks`,
+    bool (H, W), the Dice with them is there, too. Raises UserError if sizes differ.
     """
     true_mask = decode_mask(path, None, rule)[0]
     if true_mask.shape != mask.shape:
@@ -361,6 +390,9 @@ def score(mask: np.ndarray, path: Path, rule: Rule | None) -> dict[str, float]:
     counts = utils.confusion(*(torch.from_numpy(part)[None] for part in pixels))
     scores = {name: value.item() for name, value in utils.image_scores(*(part.double() for part in counts)).items()}
     first = {name: scores[name] for name in ("dice", "iou") if name in scores}
+    if specks is not None:
+        counts = utils.confusion(*(torch.from_numpy(part)[None] for part in (pixels[0] | specks, *pixels[1:])))
+        scores["dice_with_specks"] = utils.dice_scores(*counts[:3]).item()
     return first | scores | {"boundary_f1": utils.boundary_f1(*pixels)}
 
 
@@ -428,8 +460,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         takes_value = {"metavar": "COLOUR|IMAGE"} if kind == "background" else {"action": "store_true"}
         add(f"--{kind}", help=f"<name>_{kind}.png: {text}".replace("%", "%%"), **takes_value)
     add("--labelme", action="store_true", help="<name>.json: the object's outlines, to correct them in LabelMe")
-    add("--label", default="object", help="the object's label in LabelMe's files [object]")
-    add("--min-area", type=int, default=10, help="smaller objects and holes are left out of these, in pixels [10]")
+    add("--label", default="object", help="the object's label for LabelMe and COCO [object]")
+    small = "smaller objects are left out everywhere, in pixels; in LabelMe smaller holes, too [0, in LabelMe 10]"
+    add("--min-area", type=int, metavar="N", help=small)
+    add("--objects", action="store_true", help="objects.csv: a row for each object; their numbers on --overlay")
+    add("--coco", type=Path, metavar="FILE.json", help="the objects of all photos as annotations in COCO's format")
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")
     add("--mask-dir", type=Path, help="true masks: scores at the photos' original size, in <output-dir>/scores.csv")
     add("--mask-suffix", default=MASK_SUFFIX, help="the mask of xxx.jpg is xxx_mask.gif (or .png, ...) [_mask]")
@@ -454,7 +489,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             ),
             ("label", str, bool, "the object's name"),
             ("submission", Path | None, lambda v: v is None or len(os.fsencode(v.name)) <= 200, "a name of 200 bytes"),
-            ("min_area", int, lambda v: v >= 0, "a whole number of pixels, at least 0"),
+            ("min_area", int | None, lambda v: v is None or v >= 0, "a whole number of pixels, at least 0"),
+            ("coco", Path | None, lambda v: v is None or v.suffix == ".json", "a name that ends in .json"),
             ("batch_size", int, lambda v: 1 <= v <= 10**5, "a whole number, at least 1 and at most 100000"),
         ),
         lambda name: f"--{name.replace('_', '-')}",
@@ -501,7 +537,8 @@ def open_submission(args: argparse.Namespace, photos: list[Photo]) -> Submission
     """Open the submission file, with the rows that an earlier run with the same network and flags has left."""
     stat = Path(args.checkpoint).stat()
     folders = sorted({str(photo.path.resolve().parent) for photo in photos})  # test_hq has the names of test
-    decisive = stat.st_size, stat.st_mtime_ns, args.threshold, args.tta, args.size, args.tile, folders
+    flags = args.threshold, args.tta, args.size, args.tile, args.min_area or 0
+    decisive = stat.st_size, stat.st_mtime_ns, *flags, folders
     key = f"{zlib.crc32(repr(decisive).encode()):08x}"
     return Submission(args.submission, [photo.path for photo in photos], key)
 
@@ -511,8 +548,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     model = load_network(args)
     photos = find_photos(args.inputs)
-    if args.outputs or args.mask_dir or args.labelme:
+    if args.outputs or args.mask_dir or args.labelme or args.objects:
         check_writable(args.output_dir, "--output-dir")
+    if args.objects:
+        check_table(args.output_dir / "objects.csv", "photo,object,area_px,.+")
+    if args.coco:
+        check_writable(args.coco.parent, "--coco")
+        check_table(args.coco, re.escape(COCO_HEAD))
+        if args.labelme and args.coco.resolve() in {(args.output_dir / f"{p.name}.json").resolve() for p in photos}:
+            raise UserError(f"--coco {args.coco} is where LabelMe's outlines of a photo go: choose another name")
     if args.mask_dir:
         add_masks(photos, args.mask_dir, args.mask_suffix)
         check_table(args.output_dir / "scores.csv", "photo,dice,(.+,)?boundary_f1")
@@ -530,20 +574,23 @@ def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespa
     shard, submission = photos[RANK::WORLD_SIZE], None
     if args.submission:
         submission = open_submission(args, photos)
-        shard = [photo for photo in shard if args.mask_dir or photo.path.name not in submission.done]  # all are scored
+        takes_all = args.mask_dir or args.objects or args.coco  # which do not continue, as a submission does
+        shard = [photo for photo in shard if takes_all or photo.path.name not in submission.done]
 
     start = time.perf_counter()
-    with memory_errors(f"at --batch-size {args.batch_size}: set it to 1, or --size or --tile to less"):
-        results = write_all(shard, model, args, submission)
-    if submission:
-        submission.part.close()
-    with process_group(minutes=7 * 24 * 60):  # one may have much larger photos than another
-        everyone = all_gather_object(results)
+    table = args.output_dir / "objects.csv" if args.objects else None
+    with Found(table or args.coco) if table or args.coco else nullcontext() as found:
+        with memory_errors(f"at --batch-size {args.batch_size}: set it to 1, or --size or --tile to less"):
+            results = write_all(shard, model, args, submission, found)
+        if submission:
+            submission.part.close()
+        with process_group(minutes=7 * 24 * 60):  # one may have much larger photos than another
+            everyone = all_gather_object((*results, found.part if found else None))
     if RANK > 0:
         return
 
-    failed = sum(len(failures) for failures, _ in everyone)
-    rows = [row for _, rows in everyone for row in rows]
+    failed = sum(len(failures) for failures, *_ in everyone)
+    rows = [row for _, rows, _ in everyone for row in rows]
     scores = sorted((row for row in rows if "dice" in row), key=lambda row: row["dice"])
     uncertain = sorted((row for row in rows if "uncertain" in row), key=lambda row: -row["uncertain"])
     done, seconds = counted(len(photos) - failed, "photo"), time.perf_counter() - start
@@ -554,6 +601,8 @@ def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespa
     if uncertain:
         print(f"The least certain of {counted(len(uncertain), 'photo')}, and the share of the object that is:")
         print("\n".join(f"{row['uncertain']:16.4f}  {row['photo']}" for row in uncertain[:20]))
+    if found:
+        write_found([part for *_, part in everyone], [photo.path for photo in photos], table, args.coco, args.label)
     if submission:
         submission.write(is_complete=not failed)
     if failed:

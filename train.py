@@ -3,12 +3,14 @@
     python train.py                                   # with the constants below; without photos in data/, on drawn ones
     python train.py --num-epochs 10 --batch-size 16   # every constant is a flag of the same name, for one run
     python train.py --load-model --num-epochs 20      # continues from my_checkpoint.pth.tar up to epoch 20
+    python train.py --minutes 30                      # takes half an hour, with as many epochs as there is time for
 
-Open saved_images/index.html in a browser: it shows what the network has learned after every epoch.
+Open saved_images/index.html in a browser: it shows what the network has learned so far.
 """
 
 import math
 import os
+import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -54,6 +56,7 @@ ENCODER_WEIGHTS: str | None = None  # a file of its weights; None downloads them
 
 # The recipe.
 NUM_EPOCHS = 3  # in total; more for few photos, or when Dice still rises at the end
+MINUTES: float | None = None  # that the run takes; it then chooses NUM_EPOCHS for them, from a rehearsal
 BATCH_SIZE = 4  # images in a step, of all processes together; smaller if memory runs out
 LEARNING_RATE = 0.05  # Muon's, at its peak after a warm-up; smaller if the loss jumps
 WEIGHT_DECAY = 0.01  # kernels shrink by LEARNING_RATE times this in a step; larger against overfitting
@@ -178,7 +181,8 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
     config = {"features": s.features, "encoder": s.encoder, "tile": s.crop}
     model = new_network(config, s.activation_checkpointing, foreground)  # build_network makes it
     shape = (s.batch_size // s.accumulation, 3, s.image_height, s.image_width)
-    model, forward = to_device(model, shape, device, s.compile, s.num_epochs * math.ceil(photos / s.batch_size))
+    steps = 500 * s.minutes if s.minutes else s.num_epochs * math.ceil(photos / s.batch_size)  # 10 minutes are long
+    model, forward = to_device(model, shape, device, s.compile, steps)
 
     rate = s.learning_rate * (0.3 if is_pretrained else 1)  # at its full rate Dice fell from 0.977 to 0.962 at first
     optimizer = Muon(muon_groups(model, rate, s.weight_decay))
@@ -190,6 +194,7 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
 
 def train(s: SimpleNamespace) -> None:
     """Train, validate and save, with the settings s: the constants by their lower-case names."""
+    started = time.monotonic() - (processes.age() if __name__ == "__main__" else 0)  # imports count, too
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
     beginning = Beginning.of(s, load_checkpoint)
 
@@ -201,6 +206,7 @@ def train(s: SimpleNamespace) -> None:
 
     # 2. Network and optimizer
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set), beginning.is_pretrained)
+    state.started = started
     header = beginning.header(s, state.config, train_set, val_set)
     writer = CheckpointWriter(Path(s.checkpoint), header, is_new=not beginning.continued)
     if beginning.has_weights:
@@ -209,20 +215,23 @@ def train(s: SimpleNamespace) -> None:
         state.model.encoder.load_pretrained(s.encoder_weights)
 
     # 3. Epochs
-    run = Run(state, train_loader, writer, report, s.num_epochs, s.checkpoint_minutes)
+    run = Run(state, train_loader, val_loader, writer, report, s)
     losses = partial(image_losses, dice_weight=s.dice_weight)
+    check = partial(check_accuracy, val_loader, state.model, device, losses, show_size=show_size)
+    score = partial(full_size_dice, device=device, batch_size=s.batch_size)
+    print(f"Training on {device}; images in a step: {s.batch_size}.")
+    update = partial(update_batch_norm, train_loader, 0, state.model, device)
+    run.plan(train=partial(train_epoch, device=device, s=s), update=update, check=check, score=score, val_set=val_set)
     with closing(train_loader), closing(val_loader), run.until_stopped():
-        print(f"Training on {device}; images in a step: {s.batch_size}.")
         run.print_names(score_names())
-        while len(state.history) < s.num_epochs:
-            train_epoch(run, device, s)
-            update_batch_norm(train_loader, len(state.history), state.model, device)
-            metrics, photo_dice = check_accuracy(val_loader, state.model, device, losses, run.pictures(), show_size)
+        while not run.is_done:
+            train_epoch(run, device, s)  # until the next validation: small sets have several epochs before it
+            update_batch_norm(train_loader, state.epochs, state.model, device)
+            metrics, photo_dice = check(run.pictures())
             run.end_epoch(metrics, photo_dice)
-            run.print_advice("crop" if s.crop else "photo")
 
     # 4. Result
-    run.print_result(*full_size_dice(writer.best_path, val_set, device, s.batch_size))
+    run.print_result(*score(writer.best_path, val_set))
 
 
 def main(argv: list[str] | None = None) -> None:

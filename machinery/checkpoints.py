@@ -28,7 +28,7 @@ from machinery.settings import LARGEST, is_number
 
 LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
 TAGS = ("", ".prev", "_best")  # in the names of a run's files: the newest state, the one before, the best weights
-FORMAT = 5  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
+FORMAT = 6  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -89,7 +89,7 @@ def _is_sound(checkpoint: dict) -> bool:
     """
     config, before, rule = checkpoint["model"], checkpoint["preprocessing"], rule_from(checkpoint["rule"])
     features, tile, scale, photo_size = config.get("features"), config.get("tile"), before.get("scale"), "photo_size"
-    counts = [checkpoint.get(name, 0) for name in ("epoch", "images", "computed", "seconds")]
+    counts = [checkpoint.get(name, 0) for name in ("epoch", "images", "computed", "seconds", "spent")]
     return all((
         features is None or (len(features) <= 16 and _are_sizes(features, 1)),
         tile is None or (len(tile) == 2 and _are_sizes(tile, 16)),
@@ -102,6 +102,7 @@ def _is_sound(checkpoint: dict) -> bool:
         all(is_number(value, -1e38, 1e38) for value in (rule.low or 0, rule.high or 0, *(rule.chosen or ()))),
         all(type(kind) is str and is_number(value, -1e38, 1e38) for kind, value in rule.brightest.items()),
         all(is_number(count, 0, math.inf) for count in counts),
+        (plan := checkpoint["plan"]) is None or (plan["photos"] >= 1 and plan["image"] > 0),
         all(type(row) is dict for row in checkpoint.get("history", [])),
         all(type(checkpoint.get(name, {})) is dict for name in ("settings", "data", "losses")),
         all(weight.layout is torch.strided and weight.is_cpu for weight in checkpoint["state_dict"].values()),
@@ -124,7 +125,8 @@ def _without_memory(build_network: Callable[[dict], nn.Module], config: dict) ->
 def _upgraded(checkpoint: dict) -> dict:
     """Turn a checkpoint of any format into one of today's."""
     lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0), "optimizer_name": "Muon"}
-    lacking |= {"rule": asdict(Rule(low=0.0, high=65535.0)), "photo_size": None}
+    lacking |= {"rule": asdict(Rule(low=0.0, high=65535.0)), "photo_size": None, "plan": None}
+    lacking["spent"] = sum(row.get("seconds", 0.0) for row in checkpoint.get("history", []))
     return lacking | checkpoint
 
 
@@ -192,7 +194,7 @@ def restore_previous(path: Path) -> None:
 
 @dataclass
 class Epoch:
-    """The part of the state that begins anew with each epoch."""
+    """The part of the state that begins anew after each validation, which small sets have after several epochs."""
 
     images: int = 0  # photos that were trained on
     computed: int = 0  # the same, and those that came twice to fill the last batch
@@ -209,10 +211,23 @@ class State:
     forward: nn.Module  # the model, compiled or not, which under torchrun shares its gradients
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    history: list[dict] = field(default_factory=list)  # the rows of metrics.csv, one for each epoch that has ended
-    photo_dice: list[list[float]] = field(default_factory=list)  # of each validation photo in each of these epochs
+    history: list[dict] = field(default_factory=list)  # the rows of metrics.csv, one for each validation
+    photo_dice: list[list[float]] = field(default_factory=list)  # of each validation photo in each of these rows
     best: float = -1.0  # Dice of the best epoch
     epoch: Epoch = field(default_factory=Epoch)  # the one under way
+    plan: dict[str, float] | None = None  # what was chosen for MINUTES: vars() of a rehearsal.Plan
+    spent: float = 0.0  # seconds that processes before this one have spent on the run
+    started: float = field(default_factory=time.monotonic)  # when this process began with it
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs have ended with a validation."""
+        return self.history[-1]["epoch"] if self.history else 0
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, without the time between its processes."""
+        return self.spent + time.monotonic() - self.started
 
     def state_dict(self) -> dict:
         losses = torch.stack(list(self.epoch.losses.values())).tolist() if self.epoch.losses else []  # waits once
@@ -222,10 +237,12 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),  # empty unless it trains in fp16
-            "epoch": len(self.history),
+            "epoch": self.epochs,
             "history": self.history,
             "photo_dice": self.photo_dice,
             "best": self.best,
+            "plan": self.plan,
+            "spent": self.seconds,
         }
 
     def load_state_dict(self, checkpoint: dict) -> None:
@@ -233,7 +250,8 @@ class State:
         restore(self.optimizer, checkpoint["optimizer_name"], checkpoint["optimizer"])
         if checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.history, self.photo_dice, self.best = (checkpoint[name] for name in ("history", "photo_dice", "best"))
+        for name in ("history", "photo_dice", "best", "plan", "spent"):
+            setattr(self, name, checkpoint[name])
         self.epoch = Epoch(**{name: checkpoint[name] for name in vars(self.epoch)})
         device = next(self.model.parameters()).device
         self.epoch.losses = {images: torch.tensor(loss, device=device) for images, loss in self.epoch.losses.items()}
@@ -282,7 +300,7 @@ class CheckpointWriter:
             weights = self.header | {name: newest[name] for name in ("state_dict", "epoch", "history")}
             files.insert(0, (weights, self.best_path, None))
         self.wait()
-        self.pending = self.thread.submit(lambda copies: [save(*copy) for copy in copies], _copy(files, {}))
+        self.pending = self.thread.submit(lambda copies: [save(*copy) for copy in copies], copied(files, {}))
         self.saved_at = time.monotonic()
 
     def seconds_since_save(self) -> float:
@@ -294,16 +312,16 @@ class CheckpointWriter:
             self.pending.result()
 
 
-def _copy(value: object, copies: dict[int, Tensor]) -> object:
+def copied(value: object, copies: dict[int, Tensor]) -> object:
     """Copy a value, with its tensors in the host's memory; one that occurs twice is copied once."""
     if isinstance(value, Tensor):
         if id(value) not in copies:
             copies[id(value)] = value.detach().to("cpu", copy=True)
         return copies[id(value)]
     if isinstance(value, dict):
-        return {key: _copy(item, copies) for key, item in value.items()}
+        return {key: copied(item, copies) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copy(item, copies) for item in value)
+        return type(value)(copied(item, copies) for item in value)
     return value
 
 
@@ -354,9 +372,9 @@ class Beginning:
         data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
         if len(set(map(str, processes.all_gather_object(data)))) > 1:
             raise UserError("the machines have different photos or masks: give all of them the same, or a shared disk")
-        settings = vars(s)
+        settings = vars(s).copy()
         if self.continued:  # it continues as it began
-            settings = settings | {"start_from": self.continued["settings"].get("start_from")}
+            settings |= {"start_from": self.continued["settings"].get("start_from")}
         return {
             "format": FORMAT,
             "model": config,
@@ -392,16 +410,19 @@ def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], re
         return None
     if not {"optimizer", "scaler", "settings", "data", "images", "losses"} <= checkpoint.keys():
         raise UserError(f"{path} has weights only: set CHECKPOINT to the one without _best in its name")
-    newer = {"encoder": None, "crop": None, "scale": 1.0, "dice_weight": 0.0}  # settings, which older checkpoints lack
+    newer = {"encoder": None, "crop": None, "scale": 1.0, "dice_weight": 0.0, "minutes": None}  # older ones lack these
     before = vars(s) | newer | checkpoint["settings"]
     network = "encoder" if s.encoder or before["encoder"] else "features"  # another encoder has its own MEAN, too
     size = ("crop", "scale") if s.crop or before["crop"] else ("image_height", "image_width")
     fixed = (network, *size, "mean", "std", "foreground_values") if before["encoder"] == s.encoder else (network,)
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
         raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
-    if checkpoint["epoch"] >= s.num_epochs:
-        print(f"{path} has {counted(checkpoint['epoch'], 'epoch')} already: a larger NUM_EPOCHS continues it.")
-    free = ("batch_size", "accumulation", "num_epochs", "learning_rate", "weight_decay", "dice_weight", "clip_norm")
+    length = "minutes" if s.minutes else "num_epochs"
+    has_ended = before["minutes"] == s.minutes and checkpoint["epoch"] >= before["num_epochs"]
+    if has_ended if s.minutes else checkpoint["epoch"] >= s.num_epochs:
+        had = f"had its {s.minutes:g} minutes" if s.minutes else counted(checkpoint["epoch"], "epoch")
+        print(f"{path} has {had} already: a larger {length.upper()} continues it.")
+    free = ("batch_size", "accumulation", length, "learning_rate", "weight_decay", "dice_weight", "clip_norm")
     for name in (*free, "seed", "device", "precision", "num_workers"):
         if before[name] != getattr(s, name):
             print(f"{name.upper()} was {before[name]} and is {getattr(s, name)} from here on.")
@@ -422,6 +443,8 @@ def adapted(checkpoint: dict, header: dict) -> dict:
         if checkpoint["images"]:
             print("The epoch that was cut off begins anew.")
         checkpoint |= {"images": 0, "computed": 0, "losses": {}, "seconds": 0.0}
+    if data[0]["train"] != data[1]["train"] or settings[0]["minutes"] != settings[1].get("minutes"):
+        checkpoint["plan"] = None
     epochs, images = counted(checkpoint["epoch"], "epoch"), counted(checkpoint["images"], "image")
     print(f"Continuing after {epochs} and {images} of the next.")
     return checkpoint

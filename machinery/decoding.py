@@ -27,7 +27,7 @@ Image.core.set_blocks_max(16)  # Pillow keeps memory that it would give back: de
 PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the colours of an ICC profile -> Pillow's mode
 
 DARK = 32  # of 255: below it a mask's values are labels, or in a JPEG noise
-SOFT = 0.35  # the softness from which a mask is soft: labels have up to 0.2, soft edges and noise 0.5 and more
+SOFT = 0.5  # the softness from which a mask is soft: labels have up to 0.2, soft edges and noise 0.7 and more
 READINGS = {("labels",): True, ("brightness",): False}  # words instead of FOREGROUND_VALUES -> Rule.is_labels
 WHITES = 1, 255, 65535  # the brightest values of soft masks, where nothing else is known of a type
 VOID = 255  # in a decoded mask: nobody says what is there
@@ -91,10 +91,12 @@ class Rule:
 
         is_labels = READINGS.get(chosen)
         chosen = chosen if is_labels is None else None
-        has_void = is_labels is not False and holds_void(notes) and 255 not in (chosen or ())
+        has_void = holds_void(notes) and 255 not in (chosen or ())
         known = [note for note in notes if note.softness is not None]
         if is_labels is None and (known or has_void):
-            is_labels = has_void or bool(np.mean([note.softness for note in known]) < SOFT)
+            are_listed = all(note.values for note in notes if note.kind not in ("colours", "jpeg"))
+            is_labels = (has_void and are_listed) or bool(np.mean([note.softness for note in known] or 0) < SOFT)
+        has_void = has_void and is_labels is not False
         ones = [note.not_black for note in notes if note.is_zeros_and_ones]
         soft = [note.bright for note in known if note.softness >= SOFT]
         are_foreground = not ones or not soft or bool(np.mean(ones) > np.mean(soft) / 4)
@@ -448,28 +450,27 @@ def _note(values: np.ndarray, counts: np.ndarray, kind: str) -> Note:
 def softness_of(codes: np.ndarray, values: np.ndarray, used: np.ndarray) -> float | None:
     """Return which share of a mask's steps from, to and between middle values belong to soft edges.
 
-    Labels step from one flat region to another. At soft edges one step follows another, upwards or downwards, and in
-    noise around white another in any direction; in wide gradients steps are small. None for less than three middle
-    values, which tell nothing; 1 for fractions, which are no labels.
+    Labels step from one flat region to another. At soft edges one step follows another, upwards or downwards; in noise
+    small ones follow in any direction, and in wide gradients steps are tiny. None for less than three middle values,
+    which tell nothing; 1 for fractions, which are no labels.
 
     Args:
         codes, values: (H, W), and the value of each code; of 1918 x 1280 pixels some 60 rows and columns are looked at,
             which takes 3 ms.
         used: the values that occur.
     """
-    if len(used) < 5:
-        return None
     if (used != np.round(used)).any():
         return 1.0
+    if len(used) < 5:
+        return None
     low, high = float(used.min()), float(used.max())
-    is_white = any(1 - DARK / 255 < high / white <= 1 for white in WHITES[1:])
     soft = total = 0
     for lines in (codes[:: math.ceil(codes.shape[0] / 50)], codes[:, :: math.ceil(codes.shape[1] / 50)].T):
         lines = values.astype(np.float32)[lines]
         steps, is_middle = np.diff(lines), (lines > low) & (lines < high)
         counted = (steps != 0) & (is_middle[:, 1:] | is_middle[:, :-1])
-        following = steps[:, 1:] * steps[:, :-1]
-        is_followed = following != 0 if is_white else following > 0
+        following, is_small = steps[:, 1:] * steps[:, :-1], abs(steps) < high * DARK / 255
+        is_followed = (following > 0) | ((following < 0) & is_small[:, 1:] & is_small[:, :-1])
         is_soft = abs(steps) <= (high - low) / 128
         is_soft[:, 1:] |= is_followed
         is_soft[:, :-1] |= is_followed
@@ -521,6 +522,16 @@ def in_threads(pool: ThreadPoolExecutor, depth: int, function: Callable, items: 
 def large_ones_wait(path: Path) -> AbstractContextManager:
     """Let one large photo at a time be worked on."""
     return ONE_AT_A_TIME if math.prod(image_size(path)) > LARGE else nullcontext()
+
+
+def bands(height: int, margin: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield portions of 512 rows, because floats of a whole large photo take too much memory.
+
+    Each is the rows with a margin, those without it among them, and those without it in the whole.
+    """
+    for top in range(0, height, 512):
+        start = max(0, top - margin)
+        yield slice(start, top + 512 + margin), slice(top - start, top - start + 512), slice(top, top + 512)
 
 
 def read_sample(

@@ -1,27 +1,30 @@
-"""What predict.py writes: pictures, tables, and outlines for LabelMe."""
+"""What predict.py writes: pictures, tables, outlines for LabelMe, and COCO's file."""
 
 import argparse
 import csv
 import glob
 import gzip
 import hashlib
+import heapq
 import json
 import os
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageColor, ImageOps, PngImagePlugin
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from machinery.decoding import read_image, read_opacity, resize
+from machinery.decoding import bands, read_image, read_opacity, resize
 from machinery.errors import UserError, reason_of
 from machinery.files import check_writable, saving, write_errors
+from machinery.objects import COLUMNS, Objects, remove_specks
 from machinery.shapes import outlines
 
 TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
@@ -30,12 +33,16 @@ TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
 class Prediction:
     """What the outputs are drawn from: a photo, uint8 (H, W, 3), its probabilities, float32 (H, W), and the flags.
 
-    `path` is the photo's.
+    `path` is the photo's. Objects of fewer than `min_area` pixels are removed, from the probabilities as well.
     """
 
-    def __init__(self, path: Path, photo: np.ndarray, probabilities: np.ndarray, args: argparse.Namespace) -> None:
+    def __init__(
+        self, path: Path, photo: np.ndarray, probabilities: np.ndarray, args: argparse.Namespace, min_area: int = 0
+    ) -> None:
         self.path, self.photo, self.probabilities, self.args = path, photo, probabilities, args
         self.mask = (probabilities > args.threshold) * np.uint8(255)  # (H, W) in {0, 255}
+        self.specks = remove_specks(self.mask, probabilities, min_area) if min_area else None  # bool (H, W)
+        self.numbered: Objects | None = None  # whose numbers the overlay shows
 
     def overlay(self) -> Image.Image:
         """Return the photo with the foreground of its mask tinted and outlined."""
@@ -43,6 +50,11 @@ class Prediction:
         picture.paste(TINT, mask=Image.fromarray(self.mask // 3))
         outline = cv2.morphologyEx(self.mask, cv2.MORPH_GRADIENT, np.ones((thickness + 2, thickness + 2), np.uint8))
         picture.paste(OUTLINE, mask=Image.fromarray(outline))
+        if self.numbered:
+            draw, size = ImageDraw.Draw(picture), 12 + max(self.mask.shape) // 80
+            text = {"font": ImageFont.load_default(size), "anchor": "mm", "stroke_width": 1 + size // 12}
+            for number, place in enumerate(self.numbered.places.tolist(), 1):
+                draw.text(place, str(number), "white", stroke_fill="black", **text)
         return picture
 
     def sixteen_bits(self) -> Image.Image:
@@ -56,6 +68,8 @@ class Prediction:
     def alpha(self) -> Image.Image:
         """The object's opacity, and no more than the photo's own, which may be larger than what is drawn."""
         alpha, opacity = soft_edge(self.probabilities, self.args.threshold), read_opacity(self.path)
+        if self.specks is not None:  # their soft edges go with them
+            alpha[cv2.dilate(self.mask, np.ones((7, 7), np.uint8)) == 0] = 0
         if opacity is not None:
             alpha = np.minimum(alpha, resize(Image.fromarray(opacity), alpha.shape))
         return Image.fromarray(alpha)
@@ -130,16 +144,6 @@ def clean_edge(photo: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         is_own = inside[..., None] | (share < 1 / 200)  # one pixel of 13 x 13 is 1 / 169
         clean[kept] = np.where(is_own, photo[rows], total / np.maximum(share, 1e-3) + 0.5)[inner]
     return clean
-
-
-def bands(height: int, margin: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield portions of 512 rows, because floats of a whole large photo take too much memory.
-
-    Each is the rows with a margin, those without it among them, and those without it in the whole.
-    """
-    for top in range(0, height, 512):
-        start = max(0, top - margin)
-        yield slice(start, top + 512 + margin), slice(top - start, top - start + 512), slice(top, top + 512)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,6 +255,103 @@ def stamp_of(photo: Path) -> list[int] | None:
         status = photo.stat()
         return [status.st_size, status.st_mtime_ns]
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects: a table, and COCO's file
+
+
+class Found:
+    """The objects that this process has found, a line of JSON for each photo, on the disk: memory may be too small.
+
+    The file lies beside `path` until write_found has read it, and is removed after an error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
+        with write_errors(path):
+            self.file = self.part.open("x", encoding="utf-8")
+
+    def __enter__(self) -> "Found":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with suppress(OSError):  # of a full disk, which add has named
+            self.file.close()
+        if kind:
+            self.part.unlink(missing_ok=True)
+
+    def add(self, content: dict) -> None:
+        """Add a "photo" of the "size" (height, width), with its objects as "rows" and as COCO's "annotations".
+
+        Raises UserError where they cannot be written.
+        """
+        with write_errors(self.path):
+            self.file.write(json.dumps(content) + "\n")
+            self.file.flush()
+
+
+def write_found(parts: list[Path], photos: list[Path], table: Path | None, coco: Path | None, label: str) -> None:
+    """Write objects.csv and COCO's file of what all processes have found, in the photos' order, and remove `parts`."""
+    numbers = {str(photo): number for number, photo in enumerate(photos, 1)}
+
+    def found() -> Iterator[dict]:
+        with ExitStack() as files:
+            lines = [map(json.loads, files.enter_context(part.open(encoding="utf-8"))) for part in parts]
+            yield from heapq.merge(*lines, key=lambda content: numbers[content["photo"]])
+
+    try:
+        if table:
+            write_objects(table, found())
+        if coco:
+            write_coco(coco, found, numbers, label)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def write_objects(path: Path, found: Iterable[dict]) -> None:
+    """Write objects.csv, a row for each object."""
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # a name may be no text
+    with saving(path) as temporary, temporary.open("w", **text) as file:
+        table = csv.DictWriter(file, ("photo", *COLUMNS))
+        table.writeheader()
+        for content in found:
+            table.writerows({"photo": content["photo"]} | row for row in content["rows"])
+
+
+COCO_HEAD = json.dumps({"info": {"description": SOFTWARE}})[:-1] + ","  # the first line of ours
+
+
+def write_coco(path: Path, found: Callable[[], Iterator[dict]], numbers: dict[str, int], label: str) -> None:
+    """Write COCO's file of all photos: https://cocodataset.org/#format-data
+
+    A photo has its number as its id; `file_name` is its name, or its path where photos share their names.
+    """
+    names = Counter(Path(photo).name for photo in numbers)
+
+    def image(content: dict) -> dict:
+        photo, (height, width) = Path(content["photo"]), content["size"]
+        name = photo.name if names[photo.name] == 1 else photo.as_posix()
+        return {"id": numbers[content["photo"]], "file_name": name, "height": height, "width": width}
+
+    entries = (
+        {"image_id": numbers[c["photo"]], "category_id": 1} | entry for c in found() for entry in c["annotations"]
+    )
+    lists = {
+        "categories": [{"id": 1, "name": label, "supercategory": ""}],
+        "images": map(image, found()),
+        "annotations": ({"id": number} | entry for number, entry in enumerate(entries, 1)),
+    }
+    with saving(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(COCO_HEAD)
+        for count, (name, content) in enumerate(lists.items()):
+            file.write(f'{"," if count else ""}\n"{name}": [')
+            for number, entry in enumerate(content):
+                file.write(("," if number else "") + "\n" + json.dumps(entry))
+            file.write("\n]")
+        file.write("}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -29,6 +30,15 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 TIMEOUT_MINUTES = float(os.environ.get("TIMEOUT_MINUTES", 10))  # until a process that is silent counts as lost
+
+
+def age() -> float:
+    """Return the seconds since this process started, in which it has imported what takes longest."""
+    if not Path("/proc/self/stat").exists():
+        return time.process_time()  # in which importing has computed
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # its start
+
 
 progress = partial(tqdm, leave=False, disable=None if RANK == 0 else True)  # None: not without a terminal
 

@@ -115,7 +115,7 @@ class Report:
         save_metrics(history, self.folder / "metrics.csv")
         if self.board:
             for name, value in history[-1].items():
-                self.board.add_scalar(name, value, len(history))
+                self.board.add_scalar(name, value, history[-1]["epoch"])
         if not self.is_drawing:
             return
         args = self.batches, copy.deepcopy(history), photo_dice.copy(), self.pending.copy()
@@ -155,7 +155,7 @@ class Report:
         ]
         write_page(self.folder, history, photos, len(self.data), self.settings, self.data_report)
         if self.board:
-            log_overlays(self.board, len(history), self.folder, batches)
+            log_overlays(self.board, history[-1]["epoch"], self.folder, batches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""A run beside its learning: how far it is, when it saves and stops, and the row that each epoch leaves."""
+"""A run beside its learning: how far it is, when it ends, saves and stops, and the row that a validation leaves."""
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from tqdm import tqdm
 from machinery import processes
 from machinery.checkpoints import CheckpointWriter, Epoch, State
 from machinery.errors import Stopped, UserError, counted
+from machinery.length import Length
 from machinery.processes import progress
+from machinery.rehearsal import Rehearsal
 from machinery.report import Report, save_train_batch
 
 
@@ -21,26 +24,25 @@ class Run:
     """What surrounds the training of a state.
 
     Args:
-        loader: of the training photos.
+        loader, val_loader: of the training and the validation photos.
         writer: of the checkpoints.
         report: draws the pictures, in the first process alone.
-        num_epochs: the epochs of the whole run.
-        checkpoint_minutes: between two checkpoints within an epoch.
+        s: train.py's settings.
     """
 
     def __init__(
         self,
         state: State,
         loader: DataLoader,
+        val_loader: DataLoader,
         writer: CheckpointWriter,
         report: Report,
-        num_epochs: int,
-        checkpoint_minutes: float,
+        s: SimpleNamespace,
     ) -> None:
-        self.state, self.loader, self.writer = state, loader, writer
+        self.state, self.loader, self.val_loader, self.writer, self.s = state, loader, val_loader, writer, s
         self.report = report if processes.RANK == 0 else None
-        self.num_epochs, self.checkpoint_minutes = num_epochs, checkpoint_minutes
         self.photos, self.batch_size = len(loader.dataset), loader.batch_sampler.size
+        self.length = Length(state, self.photos, val_loader.batch_sampler.length, s)
 
     @contextmanager
     def until_stopped(self) -> Iterator[None]:
@@ -56,28 +58,63 @@ class Run:
                 raise
             self.writer.wait()
 
+    def plan(self, **work: object) -> None:
+        """Say what to expect; for MINUTES rehearse before, with Rehearsal's arguments, and choose NUM_EPOCHS.
+
+        Raises UserError where there is no time for a step.
+        """
+        if self.s.minutes:
+            self.length.choose(Rehearsal(self.state, self.loader, self.val_loader, self.writer, **work))
+            self._keep_num_epochs()
+        if not self.is_done:
+            print(self.length.expectation())
+
+    def _keep_num_epochs(self) -> None:
+        """Save and show NUM_EPOCHS as it was chosen."""
+        self.writer.header["settings"]["num_epochs"] = self.length.num_epochs
+        if self.report:
+            self.report.settings = self.report.settings | {"num_epochs": self.length.num_epochs}
+
     @property
     def progress(self) -> float:
         """How much of the whole run is done, from 0 to 1."""
-        return (len(self.state.history) + self.state.epoch.images / self.photos) / self.num_epochs
+        return self.length.done / self.length.total
+
+    @property
+    def is_done(self) -> bool:
+        return self.state.epochs >= self.length.num_epochs
+
+    def _remaining(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches that are left until the next validation, of one epoch after the other."""
+        state = self.state
+        while state.epoch.images < self.length.until_validation:
+            number, start = divmod(state.epoch.images, self.photos)
+            for batch in self.loader.epoch(state.epochs + number, start):
+                yield batch
+                if state.epoch.images >= self.length.until_validation:
+                    return
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what is left of this epoch's batches, uint8; after each of them show the loss, and save in time.
+        """Yield the batches that are left until the next validation, uint8; after each show the loss, and save in time.
 
         Raises UserError if the loss is not finite.
         """
         epoch, skipped = self.state.epoch, 0
-        start, title = time.perf_counter() - epoch.seconds, f"epoch {len(self.state.history) + 1}/{self.num_epochs}"
-        with progress(total=self.photos, initial=epoch.images, desc=title, unit="img") as bar:
+        start, title = time.perf_counter() - epoch.seconds, f"epoch {self.length.epoch}/{self.length.num_epochs}"
+        with progress(total=self.length.until_validation, initial=epoch.images, desc=title, unit="img") as bar:
             line_due = time.monotonic() + 60
-            for step, (images, masks) in enumerate(self.loader.epoch(len(self.state.history), epoch.images)):
+            for step, (images, masks) in enumerate(self._remaining()):
                 if step == 0 and self.report:
                     save_train_batch(images, masks, self.report.folder / "train_batch.png")
-                scale = self.state.scaler.get_scale()
+                scale, seconds, photos = self.state.scaler.get_scale(), epoch.seconds, epoch.images
                 yield images, masks
 
                 skipped += self.state.scaler.get_scale() < scale  # fp16: a gradient has overflowed
                 epoch.seconds = time.perf_counter() - start
+                if self.length.watch(epoch.seconds - seconds, epoch.images - photos):
+                    self._keep_num_epochs()
+                title = f"epoch {self.length.epoch}/{self.length.num_epochs}"
+                bar.set_description(title, refresh=False)
                 bar.update(epoch.images - bar.n)
                 is_silent = bar.disable and time.monotonic() > line_due  # no terminal: a line a minute in the log
                 if step % 10 == 0 or is_silent:  # reading a loss waits for the device
@@ -86,9 +123,9 @@ class Run:
                     if not math.isfinite(loss):
                         break
                 if is_silent:
-                    print(f"{title}: {epoch.images} of {self.photos} images, loss {loss:.4f}", flush=True)
+                    print(f"{title}: {epoch.images} of {bar.total} images, loss {loss:.4f}", flush=True)
                     line_due = time.monotonic() + 60
-                if self.writer.seconds_since_save() > 60 * self.checkpoint_minutes:
+                if self.writer.seconds_since_save() > 60 * self.s.checkpoint_minutes:
                     self.save()
         if skipped:
             steps = counted(step + 1, "step")
@@ -103,20 +140,20 @@ class Run:
         """Count a step, and keep the sum of the losses of this process's images, 0-dim."""
         epoch = self.state.epoch
         epoch.losses[epoch.images] = processes.all_reduce_sum(loss)
-        epoch.images += min(self.batch_size, self.photos - epoch.images)
+        epoch.images += min(self.batch_size, self.photos - epoch.images % self.photos)
         epoch.computed += self.batch_size
 
     def pictures(self) -> Callable[[Tensor, Tensor], None] | None:
         """Return what draws a validation batch, from its logits and each image's Dice; None where nothing is drawn."""
-        epoch = len(self.state.history) + 1
-        return self.report.begin(epoch, is_last=epoch == self.num_epochs) if self.report else None
+        epoch = self.length.epoch
+        return self.report.begin(epoch, is_last=epoch == self.length.num_epochs) if self.report else None
 
     def end_epoch(self, metrics: dict[str, float], photo_dice: list[float]) -> None:
-        """Add an epoch's row to the history, from the means and each photo's Dice of check_accuracy; print and save."""
+        """Add a row to the history, from the means and each photo's Dice of check_accuracy; print and save."""
         self.raise_if_not_finite()  # again: validation follows new statistics of BatchNorm
         state, epoch = self.state, self.state.epoch
         row = {
-            "epoch": len(state.history) + 1,
+            "epoch": self.length.epoch,
             "train_loss": torch.stack(list(epoch.losses.values())).sum().item() / epoch.computed,
             **metrics,
             "learning_rate": state.optimizer.param_groups[0]["lr"],
@@ -156,7 +193,8 @@ class Run:
         bad = (~losses.isfinite()).nonzero()
         if len(bad) or not all(value.isfinite().all() for value in state.model.state_dict().values()):
             first = bad[0].item() if len(bad) else len(starts) - 1
-            batch = self.loader.batch_sampler.batches(len(state.history), starts[first])[0]
+            epoch, start = divmod(starts[first], self.photos)
+            batch = self.loader.batch_sampler.batches(state.epochs + epoch, start)[0]
             names = dict.fromkeys(self.loader.dataset.image_of(index).name for index in batch)
             raise UserError(
                 f"training diverged (loss {losses[first].item():.3g}) with {', '.join(names)}: look at these photos "
@@ -171,23 +209,10 @@ class Run:
         self.save()
         self.writer.wait()
         print(
-            f"Stopped by {stopped} after {counted(len(state.history), 'epoch')} and "
+            f"Stopped by {stopped} after {counted(state.epochs, 'epoch')} and "
             f"{counted(state.epoch.images, 'image')} of the next, "
             f"which {self.writer.path} holds: continue with the same flags and --load-model"
         )
-
-    def print_advice(self, noun: str) -> None:
-        """Print how long 300 steps take, where a run has so few that a network learns little.
-
-        75 count as few, because the quick start has 96. `noun` says of what an epoch consists: "photo" or "crop".
-        """
-        steps, seconds = math.ceil(self.photos / self.batch_size), self.state.history[0]["seconds"]
-        if len(self.state.history) == 1 and self.num_epochs * steps < 75:
-            epochs = 10 * math.ceil(30 / steps)
-            done = counted(self.num_epochs, "epoch") + (" is " if self.num_epochs == 1 else " are ")
-            done += counted(self.num_epochs * steps, "step")
-            minutes = math.ceil(epochs * seconds / 60)
-            print(f"{counted(self.photos, noun)}: {done}; --num-epochs {epochs} takes about {minutes} min.")
 
     def print_result(self, dice: float, threshold: float, highest: float) -> None:
         """Print the last lines of a run.

@@ -145,14 +145,14 @@ class Samples:
         if self.infos is None:
             self.infos = np.array([row[1] for row in self._decode_all(keys, {}, None)], INFO)
         for state, value in (("empty", 0), ("full", 1)):
-            if (abs(self.infos["foreground"] - value) < 1e-9).all():  # but for rounding
+            if (self.infos["foreground"] == value).all():
                 size = f"SCALE {self.size}" if isinstance(self.size, float) else "{1} x {0} pixels".format(*self.size)
-                raise UserError(f"every mask in {self.mask_dir} is {state} at {size}: {self._advice()}")
+                raise UserError(f"every mask in {self.mask_dir} is {state} at {size}: {self._advice(state)}")
 
-    def _advice(self) -> str:
-        """Return what to do where no mask, or every pixel of the masks, is foreground."""
+    def _advice(self, state: str) -> str:
+        """Return what to do where every mask is empty, or full."""
         shares = value_shares([note for note in self.notes if note.kind != "colours"])
-        if len(shares) < 2:
+        if state == "empty" or len(shares) < 2:
             return "masks must be white on the object and black elsewhere, and objects larger than a pixel"
         foreground = min(shares.keys() - {0}, key=shares.get)
         return f"they hold {listed(shares)}: choose the object's, such as --foreground-values {foreground:g}"
@@ -368,7 +368,8 @@ def describe_values(rule: Rule, chosen: tuple | None, notes: list[Note]) -> list
     if rule.is_labels is False:
         line = "values of the masks: many or fractions: foreground is above half of the brightest"
         if unsure:
-            line += f" (--foreground-values labels takes all but 0, which is {100 * (whole / bright - 1):.0f} % more)"
+            more = whole / max(bright, 1e-9) - 1
+            line += f" (--foreground-values labels takes all but 0, which is {100 * more:.0f} % more)"
         ones = sum(note.is_zeros_and_ones for note in notes)
         meaning = "foreground" if rule.ones else "background, because it covers little"
         return [line, f"masks of 0 and 1 beside them: {ones}, in which 1 is {meaning}"][: 1 + bool(ones)]

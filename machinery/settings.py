@@ -4,6 +4,7 @@ import argparse
 import ast
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,14 @@ def whole_number_or_word(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"{text} is no whole number")
 
 
+def number_or_none(text: str) -> float | str:
+    """Return the number that a flag's text is, or the text where it is "none"."""
+    try:
+        return text if text.lower() == "none" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no number") from error
+
+
 @dataclass(frozen=True)
 class Constant:
     """How a script writes one of its constants."""
@@ -60,6 +69,7 @@ class Constant:
     may_be_none: bool  # X: str | None = "a"
     is_tuple: bool  # X: tuple[int, ...] | None = None
     comment: str  # beside it
+    is_number: bool = False  # X: float | None = None
 
 
 def constants_of(source: str) -> dict[str, Constant]:
@@ -73,7 +83,8 @@ def constants_of(source: str) -> dict[str, Constant]:
         comment = comments.get(statement.end_lineno, "").lstrip("# ")
         for target in targets:
             if isinstance(target, ast.Name) and target.id.isupper():
-                found[target.id] = Constant("None" in annotation, "tuple" in annotation, comment)
+                is_number = annotation.startswith("float")
+                found[target.id] = Constant("None" in annotation, "tuple" in annotation, comment, is_number)
     return found
 
 
@@ -106,6 +117,8 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
         elif is_tuple:
             kind = type(default[0]) if default else int
             options |= {"type": whole_number_or_word if constant.may_be_none else kind, "nargs": "+", "metavar": "N"}
+        elif constant.is_number:
+            options |= {"type": number_or_none, "metavar": name.split("_")[-1]}
         else:
             options |= {"type": str if default is None else type(default), "metavar": name.split("_")[-1]}
         parser.add_argument("--" + name.lower().replace("_", "-"), **options)
@@ -130,6 +143,11 @@ def read_settings(
     UserError; the arguments are those of parse_settings and check_settings.
     """
     s = parse_settings(constants, argv)
+    flags = {flag.partition("=")[0] for flag in (sys.argv[1:] if argv is None else argv)}
+    if s.minutes is not None and "--num-epochs" in flags:
+        if "--minutes" in flags:
+            raise UserError("--minutes chooses NUM_EPOCHS for the time: give --minutes or --num-epochs, not both")
+        s.minutes = None  # the constant's, for which this run's flag stands in
     check_settings(s, size_multiple, processes)
     before = {name: constants[name] for name in map(str.upper, vars(s))}
     constants.update({name: getattr(s, name.lower()) for name in before})
@@ -191,6 +209,8 @@ def check_settings(s: SimpleNamespace, size_multiple: Callable[[tuple], int], pr
         ("mask_suffix", str, lambda v: not v.lower().endswith(SUFFIXES),
          "what follows a photo's name in its mask's, without .png, such as _mask"),
         ("num_epochs", int, lambda v: 1 <= v <= 10**9, "a whole number, at least 1 and at most 10**9"),
+        ("minutes", float | int | None, lambda v: v is None or 0 < v <= LARGEST,
+         f"a number above 0, at most {LARGEST:g}, or to None"),
         ("accumulation", int, lambda v: v >= 1, "a whole number, at least 1"),
         ("batch_size", int, lambda v: 1 <= v <= 10**5 and v % parts == 0, f"a whole number, {parts_of_batch}"),
         ("learning_rate", number, lambda v: 0 < v <= LARGEST, f"a number above 0, such as 0.05, at most {LARGEST:g}"),

@@ -85,12 +85,43 @@ def first_centre(coordinates: np.ndarray, limit: int | tuple[int, int]) -> np.nd
     return np.clip(np.ceil(coordinates - 0.5), 0, limit).astype(int)
 
 
+def coco_polygon_mask(ring: np.ndarray, box: list[int]) -> np.ndarray:
+    """Return pycocotools' mask of a ring within the box (left, top, width, height), bool (height, width).
+
+    It draws edges as points a fifth of a pixel apart. Where two points in turn lie on both sides of the centres of a
+    column, inside changes to outside for all pixels below.
+    https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c, rleFrPoly
+    """
+    left, top, width, height = box
+    corners = (5 * ring + 0.5).astype(int)
+    along = np.roll(corners, -1, 0) - corners
+    steps = np.abs(along).max(1)  # of each edge, between its points
+    is_back = along[np.arange(len(ring)), np.abs(along).argmax(1)] < 0  # an edge is drawn in the rising direction
+    origin = np.where(is_back[:, None], corners + along, corners)
+    slope = np.where(is_back[:, None], -along, along) / np.maximum(steps, 1)[:, None]
+    edge = np.repeat(np.arange(len(ring)), steps + 1)  # of each point
+    step = np.arange(len(edge)) - ((steps + 1).cumsum() - steps - 1)[edge]
+    step = np.where(is_back[edge], steps[edge] - step, step)
+    points = (origin[edge] + step[:, None] * slope[edge] + 0.5).astype(int)
+
+    least = np.minimum(points[1:], points[:-1])
+    x, y = least[(points[1:, 0] != points[:-1, 0]) & (least[:, 0] % 5 == 2)].T
+    changes = np.zeros((height + 1, width), bool)
+    np.logical_xor.at(changes, (-((2 - y) // 5) - top, x // 5 - left), True)
+    return np.logical_xor.accumulate(changes, 0)[:height]
+
+
 def outlines(mask: np.ndarray, min_area: int) -> Iterator[np.ndarray]:
     """Yield a ring for each object of a mask, uint8 (H, W), in which 0 is background: polygon_mask's way back.
 
     It stays within a pixel of the mask's edge. Objects and holes of less than `min_area` pixels are left out.
     """
-    left, top, width, height = cv2.boundingRect(mask)
+    return map(with_slits, object_rings(mask, min_area))
+
+
+def object_rings(mask: np.ndarray, min_area: int = 0) -> Iterator[list[np.ndarray]]:
+    """Yield each object's outer ring and those of its holes, from which `outlines` makes one."""
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
     inner = np.pad(mask[top : top + height, left : left + width] > 0, 1)
     # Rings run half-way between the centres of pixels inside and outside; just below 0.5, corners that touch are joined
     objects = contourpy.contour_generator(z=inner, fill_type="OuterOffset").filled(0.5 - 1e-9, 2)
@@ -100,8 +131,8 @@ def outlines(mask: np.ndarray, min_area: int) -> Iterator[np.ndarray]:
         pixels = count_pixels(outer) - sum(map(count_pixels, holes))
         if pixels >= min_area:
             share = 0.007 * pixels / sum(map(len, (outer, *holes)))  # each may change so many for each of its corners
-            rings = [simplified(ring, share * len(ring)) for ring in (outer, *holes)]
-            yield with_slits(rings) + np.array((left - 0.5, top - 0.5))
+            corner = np.array((left - 0.5, top - 0.5))
+            yield [simplified(ring, share * len(ring)) + corner for ring in (outer, *holes)]
 
 
 def count_pixels(ring: np.ndarray) -> float:
@@ -178,6 +209,20 @@ def counts_mask(counts: list[int], size: tuple[int, int], order: str = "C") -> n
     if not all(0 <= count <= pixels for count in counts) or sum(counts) != pixels:  # as int64, a sum may wrap around
         raise ValueError(f"its run lengths do not fill {size[1]} x {size[0]} pixels")
     return np.repeat(np.arange(len(counts)) % 2 == 1, np.array(counts, np.int64)).reshape(size, order=order)
+
+
+def counts_of(pixels: np.ndarray, box: list[int], size: tuple[int, int]) -> list[int]:
+    """Return COCO's run lengths, as counts_mask reads them down the columns, of a mask in a box of a photo.
+
+    The mask is bool (height, width), the box (left, top, width, height), and the photo's size (height, width).
+    """
+    left, top, width, height = box
+    columns = np.zeros((width, height + 2), bool)  # with background above and below
+    columns[:, 1:-1] = pixels.T
+    column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
+    changes, count = np.unique((left + column) * size[0] + top + row, return_counts=True)
+    changes = changes[count == 1]  # a run from the photo's lower border goes on in the next column
+    return np.diff(changes, prepend=0, append=size[0] * size[1]).tolist()
 
 
 def coco_mask(counts: list[int] | str, own_size: list[int], size: tuple[int, int]) -> np.ndarray:

@@ -235,7 +235,7 @@ def test_a_broken_file_gives_a_sentence_and_the_next_photo_works(page, server, t
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff no photo")
     page.locator("#photo input[type=file]").set_input_files(broken)
-    sentence = "broken.jpg is no readable image (it is of no known kind): replace it, or move it away"
+    sentence = "broken.jpg is no readable image (it is cut off): replace it, or move it away"
     page.get_by_text(sentence, exact=True).wait_for()
     page.get_by_role("button", name="Download PNG").click()
     page.get_by_text("there is no photo yet: drop one first").wait_for()

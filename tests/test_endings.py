@@ -274,9 +274,9 @@ def test_a_run_whose_validation_photos_vanish_ends_well(project, monkeypatch, ru
     leave_photos(4, 2)
     measure = train.full_size_dice
 
-    def vanish(*args: object) -> tuple:
+    def vanish(*args: object, **options: object) -> tuple:
         shutil.rmtree(f"data/val_{gone}")
-        return measure(*args)
+        return measure(*args, **options)
 
     monkeypatch.setattr(train, "full_size_dice", vanish)
     run_train("--num-epochs", "1")

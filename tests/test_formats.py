@@ -461,3 +461,10 @@ def test_a_jpeg_whose_picture_is_cut_off_is_refused(kind):
             continue
         np.testing.assert_array_equal(found, wanted)  # bits were missing that fill up the last byte
         assert length > len(data) - 8
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff no photo", b"\xff\xd8", b"\xff\xd8\xff\xda"])
+def test_what_only_begins_as_a_jpeg_is_named_as_no_image(content, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jpg is no readable image \((it is of no known kind|it is cut off)"):
+        read_image(tmp_path / "a.jpg")

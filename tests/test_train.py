@@ -1,6 +1,5 @@
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import utils
 from machinery import sample_data
 from machinery.decoding import read_mask
 from machinery.errors import UserError
-from machinery.runs import Run
 from model import UNet
 
 ROOT = Path(train.__file__).parent
@@ -98,25 +96,6 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     assert 0 < rates[0] < 0.1 and max(rates) == pytest.approx(1.0) and rates[-1] == pytest.approx(0)
     assert np.abs(np.diff(rates)).max() < 0.03  # no jumps
     assert int(np.argmax(rates)) == 100
-
-
-@pytest.mark.parametrize(
-    ("photos", "epochs", "said"),
-    [
-        (20, 3, "20 photos: 3 epochs are 15 steps; --num-epochs 60 takes about 4 min.\n"),
-        (50, 3, "50 photos: 3 epochs are 39 steps; --num-epochs 30 takes about 2 min.\n"),
-        (1, 3, "1 photo: 3 epochs are 3 steps; --num-epochs 300 takes about 20 min.\n"),
-        (20, 1, "20 photos: 1 epoch is 5 steps; --num-epochs 60 takes about 4 min.\n"),
-        (4, 1, "4 photos: 1 epoch is 1 step; --num-epochs 300 takes about 20 min.\n"),
-        (20, 60, ""),
-        (128, 3, ""),  # the quick start
-    ],
-)
-def test_a_run_of_few_steps_says_what_more_would_take(photos, epochs, said, capsys):
-    loader = SimpleNamespace(dataset=range(photos), batch_sampler=SimpleNamespace(size=4))
-    state = SimpleNamespace(history=[{"seconds": 4.0}])
-    Run(state, loader, None, None, num_epochs=epochs, checkpoint_minutes=10).print_advice("photo")
-    assert capsys.readouterr().out == said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

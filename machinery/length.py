@@ -1,0 +1,165 @@
+"""How long a run is: its photos, its epochs, when it is validated, and what time that takes."""
+
+import math
+import time
+from datetime import datetime, timedelta
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+from machinery import processes
+from machinery.checkpoints import State
+from machinery.errors import UserError, counted
+from machinery.rehearsal import Rehearsal
+
+FORWARD = 1 / 3  # of the time of training on an image that a forward pass takes
+FEW, ENOUGH = 75, 300  # steps: after few a network has learned little; the quick start has 96
+
+
+class Length:
+    """The length of a run, which NUM_EPOCHS says, or MINUTES.
+
+    An epoch of so few photos that validation would cost more than training is validated less often, so that validation
+    takes a tenth of the time. That depends on the numbers of photos alone.
+
+    Args:
+        state: keeps what was chosen for MINUTES, and what the run has done.
+        photos, val_photos: how many photos, or crops, an epoch trains on, and how many a validation takes.
+        s: train.py's settings.
+    """
+
+    def __init__(self, state: State, photos: int, val_photos: int, s: SimpleNamespace) -> None:
+        self.state, self.photos, self.batch_size, self.s = state, photos, s.batch_size, s
+        validation = FORWARD * (min(64, photos) + val_photos)  # in photos that are trained on
+        self.every = math.ceil(10 * validation / photos) if validation > photos else 1  # epochs
+        self.guess = {"image": 1.0, "validation": validation, "end": FORWARD * val_photos}  # for a rehearsal's costs
+        self.steps, self.timed_seconds, self.timed_photos = 0, 0.0, 0.0  # of this process; the first step is not timed
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Photos and epochs
+
+    @property
+    def total(self) -> int:
+        """How many photos the whole run trains on, each as often as it comes."""
+        return self.state.plan["photos"] if self.state.plan else self.s.num_epochs * self.photos
+
+    @property
+    def num_epochs(self) -> int:
+        """NUM_EPOCHS, or what was chosen for MINUTES, of which the last epoch may be a part."""
+        return math.ceil(self.total / self.photos)
+
+    @property
+    def done(self) -> int:
+        """How many photos the run has trained on."""
+        return self.state.epochs * self.photos + self.state.epoch.images
+
+    @property
+    def epoch(self) -> int:
+        """The number, from 1, of the epoch under way, or of the one that has just ended."""
+        return self.state.epochs + max(1, math.ceil(self.state.epoch.images / self.photos))
+
+    @property
+    def until_validation(self) -> int:
+        """How many photos lie between the last validation and the next."""
+        epochs = (self.state.epochs // self.every + 1) * self.every
+        return min(epochs * self.photos, self.total) - self.state.epochs * self.photos
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Time
+
+    def seconds_for(self, photos: int) -> float:
+        """Return how long it takes to train on so many photos, validate, and end, at the rehearsal's speed."""
+        costs, validations = self.state.plan or self.guess, math.ceil(photos / (self.every * self.photos))
+        return photos * costs["image"] + validations * costs["validation"] + costs["end"]
+
+    def photos_in(self, seconds: float) -> int:
+        """Return for how many photos seconds_for is no longer than `seconds`; below 1 where there are none."""
+        costs, photos = self.state.plan or self.guess, self.every * self.photos  # of a round, which validation ends
+        rounds, seconds = divmod(seconds - costs["end"], photos * costs["image"] + costs["validation"])
+        return int(rounds) * photos + max(0, int((seconds - costs["validation"]) / costs["image"]))
+
+    def seconds_left(self) -> float:
+        """Return how long the rest of the run takes at the speed that training has had of late."""
+        slower = self.timed_seconds / self.timed_photos / (self.state.plan or self.guess)["image"]
+        return slower * self.seconds_for(self.total - self.done)
+
+    def choose(self, rehearsal: Rehearsal) -> None:
+        """Choose for how many photos there is time in MINUTES, unless the checkpoint holds what was chosen.
+
+        Raises UserError where there is no time for a step.
+        """
+        limit = 60 * self.s.minutes
+        if not self.state.plan:
+            self.state.plan = {"photos": self.done + 1} | rehearsal.measure(min(limit / 20, 20))
+            spent = processes.broadcast_object(lambda: self.state.seconds)
+            photos = self.photos_in(0.97 * limit - spent)  # threads that draw and save slow training down a little
+            if photos < self.batch_size:
+                least = (spent + self.seconds_for(10 * self.batch_size)) / 60
+                raise UserError(
+                    f"MINUTES is {self.s.minutes:g}, of which {spent / 60:.2g} are over before the first step: set it "
+                    f"to {math.ceil(11 * least) / 10:g} or more"
+                )
+            self.state.plan["photos"] = self.done + photos
+        self.check_due = time.monotonic() + limit / 20
+
+    def watch(self, seconds: float, photos: int) -> bool:
+        """Time a step. Return whether there are fewer photos from now on, because the time would end before them.
+
+        After some steps a line says when the run ends.
+        """
+        self.steps += 1
+        if self.steps == 1:  # it compiles, allocates and starts workers
+            return False
+        kept = 0.5 ** (seconds / (6 * self.s.minutes)) if self.s.minutes else 1.0  # half of what is a tenth of them old
+        self.timed_seconds, self.timed_photos = kept * self.timed_seconds + seconds, kept * self.timed_photos + photos
+        surplus = processes.all_reduce_max(self._surplus()) if self.s.minutes else 0  # the first process decides
+        if surplus:
+            before = self.total / self.photos
+            self.state.plan = self.state.plan | {"photos": self.total - surplus}
+            now = self.total / self.photos
+            tqdm.write(f"This is slower than the rehearsal: it ends after {now:.4g} epochs instead of {before:.4g}.")
+        if self.steps == 5:
+            left = self.seconds_left()
+            end = datetime.now() + timedelta(seconds=left)
+            day = "" if end.date() == datetime.now().date() else f"{end:%A}, "
+            tqdm.write(f"It takes about {duration(self.state.seconds + left)}, until {day}{end:%H:%M}.")
+        return surplus > 0
+
+    def _surplus(self) -> int:
+        """Return for how many photos there is no time: 0 where the run ends within a twentieth of MINUTES."""
+        if processes.RANK or time.monotonic() < self.check_due or self.done >= self.total:
+            return 0
+        limit, left = 60 * self.s.minutes, self.seconds_left()
+        self.check_due = time.monotonic() + limit / 20
+        if self.state.seconds + left < 1.05 * limit:
+            return 0
+        speed = self.seconds_for(self.total - self.done) / left  # 1 is the rehearsal's
+        fitting = self.photos_in(speed * (limit - self.state.seconds))
+        return max(0, self.total - self.done - max(fitting, self.batch_size))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What to expect
+
+    def expectation(self) -> str:
+        """Say of how many steps the run is, and with which flag there were enough of them."""
+        epoch_steps = math.ceil(self.photos / self.batch_size)
+        last = self.total - (self.num_epochs - 1) * self.photos
+        steps = (self.num_epochs - 1) * epoch_steps + math.ceil(last / self.batch_size)
+        if self.s.minutes:
+            seconds = self.state.seconds + self.seconds_for(ENOUGH * self.batch_size)
+            enough = f"--minutes {math.ceil(seconds / 58)} takes {ENOUGH}"
+            said = f"{self.s.minutes:g} minutes are {self.total / self.photos:.4g} epochs, {counted(steps, 'step')}"
+        else:
+            epochs = 10 * math.ceil(ENOUGH / 10 / epoch_steps)
+            enough = f"--num-epochs {epochs} takes {epochs * epoch_steps}"
+            verb = "is" if self.num_epochs == 1 else "are"
+            said = f"{counted(self.num_epochs, 'epoch')} {verb} {counted(steps, 'step')}"
+        photos = counted(self.photos, "crop" if self.s.crop else "photo")
+        return f"{photos}: {said}" + (f", which is few: {enough}." if steps < FEW else ".")
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, such as 50 s, 12 min or 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
