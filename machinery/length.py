@@ -99,43 +99,50 @@ class Length:
                     f"MINUTES is {self.s.minutes:g}, of which {spent / 60:.2g} are over before the first step: set it "
                     f"to {math.ceil(11 * least) / 10:g} or more"
                 )
-            self.state.plan["photos"] = self.done + photos
-        self.check_due = time.monotonic() + limit / 20
+            self.state.plan["photos"] = self.state.plan["chosen"] = self.done + photos
+        self.check_due = time.monotonic() + limit / 40
 
     def watch(self, seconds: float, photos: int) -> bool:
-        """Time a step. Return whether there are fewer photos from now on, because the time would end before them.
+        """Time a step. Return whether the run has another length from now on, because its speed has changed.
 
         After some steps a line says when the run ends.
         """
         self.steps += 1
         if self.steps == 1:  # it compiles, allocates and starts workers
             return False
-        kept = 0.5 ** (seconds / (6 * self.s.minutes)) if self.s.minutes else 1.0  # half of what is a tenth of them old
+        kept = 0.5 ** (seconds / (3 * self.s.minutes)) if self.s.minutes else 1.0  # half of what is a twentieth old
         self.timed_seconds, self.timed_photos = kept * self.timed_seconds + seconds, kept * self.timed_photos + photos
-        surplus = processes.all_reduce_max(self._surplus()) if self.s.minutes else 0  # the first process decides
-        if surplus:
-            before = self.total / self.photos
-            self.state.plan = self.state.plan | {"photos": self.total - surplus}
-            now = self.total / self.photos
-            tqdm.write(f"This is slower than the rehearsal: it ends after {now:.4g} epochs instead of {before:.4g}.")
+        before = self.total
+        photos = processes.all_reduce_max(self._fitting()) if self.s.minutes else before  # the first process decides
+        if photos != before:
+            self.state.plan = self.state.plan | {"photos": photos}
+            what = "slower than the rehearsal" if photos < before else "faster again"
+            epochs, epochs_before = photos / self.photos, before / self.photos
+            tqdm.write(f"This is {what}: it ends after {epochs:.4g} epochs instead of {epochs_before:.4g}.")
         if self.steps == 5:
             left = self.seconds_left()
             end = datetime.now() + timedelta(seconds=left)
             day = "" if end.date() == datetime.now().date() else f"{end:%A}, "
             tqdm.write(f"It takes about {duration(self.state.seconds + left)}, until {day}{end:%H:%M}.")
-        return surplus > 0
+        return photos != before
 
-    def _surplus(self) -> int:
-        """Return for how many photos there is no time: 0 where the run ends within a twentieth of MINUTES."""
-        if processes.RANK or time.monotonic() < self.check_due or self.done >= self.total:
+    def _fitting(self) -> int:
+        """Return how many photos the run is to have in all, so that it ends within a twentieth of MINUTES.
+
+        They are those that were chosen at most: a run that was never slower than its rehearsal keeps its length.
+        """
+        if processes.RANK:
             return 0
+        if time.monotonic() < self.check_due or self.done >= self.total:
+            return self.total
         limit, left = 60 * self.s.minutes, self.seconds_left()
-        self.check_due = time.monotonic() + limit / 20
-        if self.state.seconds + left < 1.05 * limit:
-            return 0
+        self.check_due = time.monotonic() + limit / 40
+        expected, is_short = (self.state.seconds + left) / limit, self.total < self.state.plan["chosen"]
+        if expected < 1.05 and (expected > 0.95 or not is_short):
+            return self.total
         speed = self.seconds_for(self.total - self.done) / left  # 1 is the rehearsal's
         fitting = self.photos_in(speed * (limit - self.state.seconds))
-        return max(0, self.total - self.done - max(fitting, self.batch_size))
+        return min(self.done + max(fitting, self.batch_size), self.state.plan["chosen"])
 
     # -----------------------------------------------------------------------------------------------------------------
     # What to expect

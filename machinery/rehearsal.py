@@ -5,10 +5,10 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
-from functools import partial
+from contextlib import contextmanager, redirect_stdout
 from itertools import chain, count, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from machinery import checkpoints, processes
 from machinery.checkpoints import CheckpointWriter, State
+from machinery.report import Report
 from machinery.samples import Samples
 
 
@@ -38,10 +39,11 @@ class Rehearsal:
     """Measures on the state itself, and leaves no trace in it.
 
     Args:
-        loader, val_loader: of a run. Its `writer` names the checkpoint, beside which a trial is written.
+        loader, val_loader: of a run. Its `writer` names the checkpoint, beside which a trial is written, and its
+            `report`, which the first process alone has, draws into another folder.
         train: train.py's train_epoch, called with Steps.
         update: update_batch_norm of loader, called with nothing.
-        check: check_accuracy of val_loader, called with nothing.
+        check: check_accuracy of val_loader, called with what draws a batch.
         score: full_size_dice, called with a checkpoint and validation photos.
         val_set: all validation photos.
     """
@@ -52,13 +54,14 @@ class Rehearsal:
         loader: DataLoader,
         val_loader: DataLoader,
         writer: CheckpointWriter,
+        report: Report | None,
         train: Callable[[Steps], None],
         update: Callable[[], None],
-        check: Callable[[], object],
+        check: Callable[[object], tuple[dict, list]],
         score: Callable[[Path, Samples], object],
         val_set: Samples,
     ) -> None:
-        self.state, self.loader, self.val_loader, self.writer = state, loader, val_loader, writer
+        self.state, self.loader, self.val_loader, self.writer, self.report = state, loader, val_loader, writer, report
         self.train, self.update, self.check, self.score, self.val_set = train, update, check, score, val_set
 
     def measure(self, seconds: float) -> dict[str, float]:
@@ -70,22 +73,31 @@ class Rehearsal:
         epoch_steps, val_photos, val_batches = math.ceil(photos / size), len(self.val_set.pairs), len(self.val_loader)
         updates = min(math.ceil(64 / size), epoch_steps)
         with self._no_trace(), redirect_stdout(io.StringIO()), self._trial_checkpoint() as path:
-            with suppress(Exception):  # report.save_grid says what is wrong
-                import torchvision.utils  # noqa: F401  (the pictures need it, and it takes seconds)
-            step = mean(timings(self._train, 10**9, seconds / 2))
-            update = mean(timings(partial(limited, self.loader, self.update), updates, seconds / 8))
-            batch = mean(timings(partial(limited, self.val_loader, self.check), val_batches, seconds / 8))
-            scores = timings(lambda number: self.score(path, self.val_set.part(number)), val_photos, seconds / 8)
-        (_, one), (number, several) = scores[0], scores[-1]  # reading the checkpoint takes time, too
-        end = several + max(0, several - one) / max(1, number - 1) * (val_photos - number)
-        validation = update * updates + batch * val_batches
-        costs = {"image": step * epoch_steps / photos, "validation": validation, "end": end}
+            steps, training = timings(self._train, 10**9, seconds / 2)[-1]
+            validation = extrapolated(self._update, updates, seconds / 8)
+            validation += extrapolated(self._validate, val_batches, seconds / 8)
+            end = extrapolated(lambda number: self.score(path, self.val_set.part(number)), val_photos, seconds / 8)
+        costs = {"image": training / steps * epoch_steps / photos, "validation": validation, "end": end}
         return processes.broadcast_object(lambda: costs)
 
     def _train(self, number: int) -> None:
         steps = Steps(self.state, self.loader, number)
         self.train(steps)
         steps.loss.item()  # waits for the device
+
+    def _update(self, batches: int) -> None:
+        with limited(self.loader, batches):
+            self.update()
+
+    def _validate(self, batches: int) -> None:
+        """Check so many batches, and draw pictures, curves and page of them."""
+        with limited(self.val_loader, batches) as photos, TemporaryDirectory() as folder:
+            if not self.report:
+                self.check(None)
+                return
+            with self.report.trial(Path(folder), photos) as trial:
+                metrics, photo_dice = self.check(trial.begin(1, is_last=True))
+                trial.finish([{"epoch": 1, **metrics}], [photo_dice])
 
     @contextmanager
     def _trial_checkpoint(self) -> Iterator[Path]:
@@ -111,20 +123,22 @@ class Rehearsal:
                 state.load_state_dict(before)
 
 
-def limited(loader: DataLoader, work: Callable[[], object], batches: int) -> None:
-    """Call what goes through a loader while it has so many batches at most."""
+@contextmanager
+def limited(loader: DataLoader, batches: int) -> Iterator[int]:
+    """Let a loader have so many batches at most; give the number of their images."""
     order = loader.batch_sampler
     length, order.length = order.length, min(order.length, batches * order.size)
     try:
-        work()
+        yield order.length
     finally:
         order.length = length
 
 
-def mean(found: list[tuple[int, float]]) -> float:
-    """Return the seconds for each of the last and largest number in `timings`."""
-    number, seconds = found[-1]
-    return seconds / number
+def extrapolated(work: Callable[[int], object], number: int, seconds: float) -> float:
+    """Return how long work(number) takes, from timings of less: it has a part that is the same for any number."""
+    found = timings(work, number, seconds)
+    (_, one), (most, several) = found[0], found[-1]
+    return several + max(0, several - one) / max(1, most - 1) * (number - most)
 
 
 def timings(work: Callable[[int], object], most: int, seconds: float) -> list[tuple[int, float]]:
@@ -139,6 +153,6 @@ def timings(work: Callable[[int], object], most: int, seconds: float) -> list[tu
         work(number)
         end = time.perf_counter()
         found.append((number, end - start))
-        is_enough = processes.all_reduce_max(int(number == most or end - begin > seconds))
+        is_enough = processes.all_reduce_max(int(number == most or (number > 1 and end - begin > seconds)))
         number = min(2 * number, most)
     return found

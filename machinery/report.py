@@ -64,6 +64,13 @@ class Report:
         self.batches = self.photos = 0  # of the validation under way
         self.board = None
 
+    def trial(self, folder: Path, photos: int) -> "Report":
+        """Return a report that draws into another folder, of the first photos alone."""
+        trial = copy.copy(self)
+        trial.folder, trial.pictures = folder, {index: {} for index in range(min(PAGE_PHOTOS, photos))}
+        trial.settings = self.settings | {"tensorboard_dir": None}
+        return trial
+
     def __enter__(self) -> "Report":
         self.threads, self.pending = ThreadPoolExecutor(min(8, NUM_THREADS)), list[Future]()
         if self.settings["tensorboard_dir"]:

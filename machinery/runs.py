@@ -64,7 +64,8 @@ class Run:
         Raises UserError where there is no time for a step.
         """
         if self.s.minutes:
-            self.length.choose(Rehearsal(self.state, self.loader, self.val_loader, self.writer, **work))
+            loaders = self.loader, self.val_loader
+            self.length.choose(Rehearsal(self.state, *loaders, self.writer, self.report, **work))
             self._keep_num_epochs()
         if not self.is_done:
             print(self.length.expectation())

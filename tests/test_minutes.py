@@ -131,14 +131,28 @@ def test_a_machine_that_becomes_slower_ends_in_time_with_a_finished_schedule(
     assert float(rows()[-1]["learning_rate"]) < 0.2 * train.LEARNING_RATE
 
 
+def test_a_machine_that_is_slow_for_a_while_ends_in_time_with_no_more_epochs_than_chosen(
+    project, run_train, monkeypatch, capsys
+):
+    leave_photos(8, 4)
+    clock = Clock(monkeypatch, 1.0, 0.3, 0.3)
+    clock.later = {16: 3.0, 24: 1.0}
+    run_train("--minutes", "6")
+    assert 5.4 < clock.minutes() < 6.6
+    out = capsys.readouterr().out
+    assert "slower than the rehearsal" in out and "This is faster again: it ends after" in out
+    said = float(re.search(r"6 minutes are (\S+) epochs", out)[1])
+    assert chosen()[0] <= said
+
+
 def test_the_part_of_an_epoch_that_fits_is_said_before_and_trained_on(project, run_train, monkeypatch, capsys):
     leave_photos(60, 4)
     clock = Clock(monkeypatch, 1.0)
-    run_train("--minutes", "0.75")
+    run_train("--minutes", "1.5")
     total = chosen()[1]
     out = capsys.readouterr().out
-    assert f"60 photos: 0.75 minutes are {total / 60:.4g} epochs" in out.partition("train_loss")[0]
-    assert total < 45 and 0.9 < clock.minutes() / 0.75 < 1.1
+    assert f"60 photos: 1.5 minutes are {total / 60:.4g} epochs" in out.partition("train_loss")[0]
+    assert total < 60 and 0.9 < clock.minutes() / 1.5 < 1.1
     assert [row["epoch"] for row in rows()] == ["1"] and chosen()[0] == 1
 
 
@@ -190,7 +204,7 @@ def test_the_rehearsal_leaves_no_trace(project, run_train, monkeypatch):
 
     monkeypatch.setattr(rehearsal.Rehearsal, "measure", three_epochs)
     monkeypatch.setattr(Length, "photos_in", lambda *_: 48)
-    monkeypatch.setattr(Length, "_surplus", lambda _: 0)
+    monkeypatch.setattr(Length, "_fitting", lambda length: length.total)
     run_train("--minutes", "5", "--num-workers", "1")
     assert same(wanted, weights())
     assert len(rehearsals) == 1 and all(seconds > 0 for seconds in rehearsals[0].values())
