@@ -40,7 +40,7 @@ def doubt(images: list[Path], dice: list[float]) -> str | None:
     means = list(map(statistics.fmean, groups.values()))
     half = STUDENT[count - 2] * statistics.stdev(means) / math.sqrt(count)
     low, high = max(0, statistics.fmean(means) - half), min(1, statistics.fmean(means) + half)
-    return f"{count} validation {noun}s are few: the mean of many would be between {low:.3f} and {high:.3f} (95 %)."
+    return f"Validation {noun}s are few, {count}: the mean Dice of many is between {low:.3f} and {high:.3f} (95 %)."
 
 
 class Run:

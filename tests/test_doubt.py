@@ -19,7 +19,7 @@ def test_few_validation_photos_are_said_to_be_few_beside_their_dice(project, run
     checkpoint = load_checkpoint(Path("my_checkpoint.pth.tar"))
     best = max(range(2), key=lambda epoch: checkpoint["history"][epoch]["dice"])
     line = doubt([Path(f"{number}.jpg") for number in range(3)], checkpoint["photo_dice"][best])
-    assert line.startswith("3 validation photos are few") and capsys.readouterr().out.count(line) == 1
+    assert line.startswith("Validation photos are few, 3: ") and capsys.readouterr().out.count(line) == 1
 
 
 def test_the_interval_holds_the_mean_of_many_as_often_as_it_says():
@@ -34,7 +34,7 @@ def test_the_interval_holds_the_mean_of_many_as_often_as_it_says():
 
 def test_photos_of_one_car_count_once():
     images = [Path(f"{car:012x}_{view:02}.jpg") for car in range(4) for view in range(16)]
-    assert doubt(images, [0.9] * 64).startswith("4 validation cars are few")
+    assert doubt(images, [0.9] * 64).startswith("Validation cars are few, 4: ")
     assert doubt(images[:16], [0.9] * 16) == "One validation car says little about others."
     assert doubt([Path("a.jpg")], [0.9]) == "One validation photo says little about others."
     assert doubt([Path(f"{n}.jpg") for n in range(20)], [0.9] * 20) is None
