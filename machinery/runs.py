@@ -28,12 +28,12 @@ STUDENT += (2.120, 2.110, 2.101)
 
 
 def doubt(images: list[Path], dice: list[float]) -> str | None:
-    """Say how uncertain the mean Dice of a few validation photos is; None where there are 20 or more, or 20 cars."""
+    """Say how uncertain the mean Dice of a few validation photos is; None of 20 or more, or of 20 cars."""
     groups: dict[str, list[float]] = {}
     for image, value in zip(images, dice, strict=True):
         groups.setdefault(car_of(image) or image.name, []).append(value)
     count, noun = len(groups), "photo" if len(groups) == len(images) else "car"
-    if count > len(STUDENT) + 1:
+    if count > len(STUDENT) + 1 or len(set(dice)) == 1 < count:  # equal ones, such as 0, have no spread
         return None
     if count == 1:
         return f"One validation {noun} says little about others."
