@@ -1,7 +1,7 @@
 """Cut the objects out of photos with a network that train.py has trained, at the photos' original size.
 
-    python predict.py photo.jpg folder 'more/*.png'               # predictions/<name>_mask.png: 255 on the car, else 0
-    python predict.py folder --cutout --background white          # the car without its background, and on another
+    python predict.py photo.jpg folder 'more/*.png'               # predictions/<name>_mask.png: 255 on objects, else 0
+    python predict.py folder --cutout --background white          # the object without its background, and on another
     python predict.py data/val_images --mask-dir data/val_masks   # and scores against the truth, worst photos first
     python predict.py folder --labelme --label car                # outlines, to be corrected in LabelMe
     python predict.py folder --objects --min-area 20              # objects.csv: how many, how large, where

@@ -1,4 +1,4 @@
-"""Train a U-Net to cut out cars, or whatever your masks show.
+"""Train a U-Net to cut objects out of photos: Carvana's cars, or whatever your masks show.
 
     python train.py                                   # with the constants below; without photos in data/, on drawn ones
     python train.py --num-epochs 10 --batch-size 16   # every constant is a flag of the same name, for one run
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
             "ACCUMULATION, set ACTIVATION_CHECKPOINTING = True, or halve height and width"
         )
         with processes.process_group(), reserved(s), memory_errors(advice):
-            settle(s)
+            settle(s, load_checkpoint)
             train(s)
 
 

@@ -103,6 +103,7 @@ def _is_sound(checkpoint: dict) -> bool:
         all(type(kind) is str and is_number(value, -1e38, 1e38) for kind, value in rule.brightest.items()),
         all(is_number(count, 0, math.inf) for count in counts),
         (plan := checkpoint["plan"]) is None or (plan["photos"] >= 1 and plan["image"] > 0),
+        all(type(checksum) is int for checksum in checkpoint["learned"]),
         all(type(row) is dict for row in checkpoint.get("history", [])),
         all(type(checkpoint.get(name, {})) is dict for name in ("settings", "data", "losses")),
         all(weight.layout is torch.strided and weight.is_cpu for weight in checkpoint["state_dict"].values()),
@@ -125,7 +126,7 @@ def _without_memory(build_network: Callable[[dict], nn.Module], config: dict) ->
 def _upgraded(checkpoint: dict) -> dict:
     """Turn a checkpoint of any format into one of today's."""
     lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0), "optimizer_name": "Muon"}
-    lacking |= {"rule": asdict(Rule(low=0.0, high=65535.0)), "photo_size": None, "plan": None}
+    lacking |= {"rule": asdict(Rule(low=0.0, high=65535.0)), "photo_size": None, "plan": None, "learned": []}
     lacking["spent"] = sum(row.get("seconds", 0.0) for row in checkpoint.get("history", []))
     return lacking | checkpoint
 
@@ -375,6 +376,8 @@ class Beginning:
         settings = vars(s).copy()
         if self.continued:  # it continues as it began
             settings |= {"start_from": self.continued["settings"].get("start_from")}
+        before = self.continued or self.started_from or {"learned": []}
+        warn_of_learned(set(before["learned"]), val_set)
         return {
             "format": FORMAT,
             "model": config,
@@ -385,6 +388,7 @@ class Beginning:
             "settings": settings,
             "run": self.run,
             "data": data,
+            "learned": sorted({*before["learned"], *train_set.infos["file"].tolist()}),  # photos' checksums
         }
 
     def load_into(self, state: State, header: dict) -> None:
@@ -393,6 +397,15 @@ class Beginning:
             state.load_state_dict(adapted(self.continued, header))
         else:
             state.model.load_state_dict(self.started_from["state_dict"])
+
+
+def warn_of_learned(learned: set[int], val_set: Samples) -> None:
+    """Print a warning if validation photos are among those that weights have learned from, by their checksums."""
+    files = zip(val_set.pairs, val_set.infos["file"].tolist(), strict=True)
+    known = [image for (image, _), file in files if file in learned]
+    if known:
+        share = f"{len(known)} of {len(val_set.pairs)}, such as {known[0]}"
+        print(f"WARNING: validation photos that the weights have learned from: {share}: scores will flatter")
 
 
 def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], restarted: str | None) -> dict | None:
@@ -469,11 +482,20 @@ def _to_start_from(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) 
     return checkpoint
 
 
-def settle(s: SimpleNamespace) -> None:
-    """Set what depends on other settings: a crop's size, drawn cars where data/ is empty, an encoder's own mean."""
+def _own_encoder(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> str | None:
+    """Return the encoder of START_FROM, or of CHECKPOINT where a run continues that has begun so."""
+    if s.load_model:
+        restore_previous(Path(s.checkpoint))
+    return load_checkpoint(Path(s.checkpoint if s.load_model else s.start_from))["model"].get("encoder")
+
+
+def settle(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> None:
+    """Set what depends on other settings: a crop's size, drawn cars where data/ is empty, an encoder and its mean."""
     if s.crop:
         s.image_height, s.image_width = s.crop  # a crop is all that the network sees
     use_sample_if_empty(s)
+    if s.start_from and not s.encoder:
+        s.encoder = processes.broadcast_object(_own_encoder, s, load_checkpoint)
     if s.encoder:
         Encoder(s.encoder).check_size(s.image_height, s.image_width)  # now: decoding photos may take an hour
         s.mean, s.std = encoder_normalisation(s.encoder, s.mean, s.std)

@@ -68,7 +68,8 @@ class Encoder(nn.Module):
         if file:
             options["pretrained_cfg_overlay"] = {"state_dict": read_weights(self.name, file)}
         else:
-            print(f"Downloading the weights of {self.name}, unless an earlier run has: a minute or so.", flush=True)
+            when = "unless an earlier run has: a minute or so, also where there is no connection"
+            print(f"Downloading the weights of {self.name}, {when}.", flush=True)
         try:
             trained = timm.create_model(self.name, **options)
         except Exception as error:  # what timm downloads with raises many kinds

@@ -1,9 +1,11 @@
 """A run beside its learning: how far it is, when it ends, saves and stops, and the row that a validation leaves."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +20,27 @@ from machinery.length import Length
 from machinery.processes import progress
 from machinery.rehearsal import Rehearsal
 from machinery.report import Report, save_train_batch
+from machinery.samples import car_of
+
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom, which are one less than the values that have a mean
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+STUDENT += (2.120, 2.110, 2.101)
+
+
+def doubt(images: list[Path], dice: list[float]) -> str | None:
+    """Say how uncertain the mean Dice of a few validation photos is; None of 20 or more, or of 20 cars."""
+    groups: dict[str, list[float]] = {}
+    for image, value in zip(images, dice, strict=True):
+        groups.setdefault(car_of(image) or image.name, []).append(value)
+    count, noun = len(groups), "photo" if len(groups) == len(images) else "car"
+    if count > len(STUDENT) + 1 or len(set(dice)) == 1 < count:  # equal ones, such as 0, have no spread
+        return None
+    if count == 1:
+        return f"One validation {noun} says little about others."
+    means = list(map(statistics.fmean, groups.values()))
+    half = STUDENT[count - 2] * statistics.stdev(means) / math.sqrt(count)
+    low, high = max(0, statistics.fmean(means) - half), min(1, statistics.fmean(means) + half)
+    return f"Validation {noun}s are few, {count}: the mean Dice of many is between {low:.3f} and {high:.3f} (95 %)."
 
 
 class Run:
@@ -224,6 +247,11 @@ class Run:
         """
         best, full = self.state.best, "unknown" if math.isnan(dice) else f"{dice:.4f}"
         print(f"Dice of the best weights: {best:.4f} at training size, {full} at the photos' original size.")
+        if photo_dice := self.state.photo_dice:
+            scores = [row["dice"] for row in self.state.history[-len(photo_dice) :]]
+            images = [image for image, _ in self.val_loader.dataset.pairs]
+            if line := doubt(images, photo_dice[scores.index(max(scores))]):
+                print(line)
         if highest > 0:
             print(f"On these photos the best threshold would be {threshold:g}, with {highest:.4f}.")
         print(f"The best weights are in {self.writer.best_path}, the newest state in {self.writer.path}.")

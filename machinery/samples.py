@@ -37,27 +37,37 @@ from machinery.decoding import (
 from machinery.errors import UserError, counted, reason_of
 from machinery.files import MASK_SUFFIX, files_in, find_pairs, in_turn, is_locked, passed_over, written_whole
 
-DECODER = 5  # part of the cache's key: raise it when decoding changes
+DECODER = 6  # part of the cache's key: raise it when decoding changes
 SMALL = 2**20  # bytes of masks whose content is part of the key, too
 
 # What is known of a pair: the photo's original size; the shares of foreground in the known part of the sample's mask,
-# of foreground along its edge, and of void; a checksum of the sample's image; some of its foreground's pixels, counted
-# row by row, or -1 where there is none.
+# of foreground along its edge, and of void; checksums of the sample's image and of the photo's file; some of the
+# foreground's pixels, counted row by row, or -1 where there is none.
 PLACES = 64
 INFO = np.dtype(
     [("height", "i8"), ("width", "i8"), ("foreground", "f8"), ("border", "f8"), ("void", "f8"), ("checksum", "i8"),
-     ("places", "i4", PLACES)]
+     ("file", "i8"), ("places", "i4", PLACES)]
 )  # fmt: skip
 
 
-def info_of(image: np.ndarray, mask: np.ndarray, own_size: tuple[int, int]) -> tuple:
+def info_of(image: np.ndarray, mask: np.ndarray, own_size: tuple[int, int], photo: Path) -> tuple:
     """Return the INFO of a pair's sample."""
     border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     void = float((mask == VOID).mean())
     foreground = float((mask == 1).mean()) / (1 - void) if void < 1 else 0.0
     places = np.flatnonzero(mask == 1) if foreground else np.array([-1])
     places = places[np.linspace(0, len(places) - 1, PLACES).astype(int)].tolist()
-    return (*own_size, foreground, float((border == 1).mean()), void, zlib.crc32(image), places)
+    checksums = zlib.crc32(image), checksum_of(photo)
+    return (*own_size, foreground, float((border == 1).mean()), void, *checksums, places)
+
+
+def checksum_of(file: Path) -> int:
+    """Return the CRC-32 of a file, which may be larger than memory."""
+    value = 0
+    with file.open("rb") as opened:
+        while part := opened.read(2**20):
+            value = zlib.crc32(part, value)
+    return value
 
 
 class Samples:
@@ -118,7 +128,7 @@ class Samples:
     def fingerprint(self) -> str:
         """Return a digest of the prepared pairs' names and contents: other data have another one."""
         optional = {"void"} if not self.infos["void"].any() else set()  # as before there was void
-        fields = [name for name in INFO.names if name not in optional | {"places"}]
+        fields = [name for name in INFO.names if name not in optional | {"file", "places"}]
         return _digest([image.name for image, _ in self.pairs], self.infos[fields].tolist())
 
     def prepare(self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple | None = None) -> None:
@@ -263,7 +273,7 @@ class Samples:
             with large_ones_wait(self.pairs[row][0]) if is_share else nullcontext():
                 image, mask, own_size, note = read_sample(*self.pairs[row], self.size, rule)
                 write(row, image, mask)
-                return info_of(image, mask, own_size), note
+                return info_of(image, mask, own_size, self.pairs[row][0]), note
 
         def first(row: int) -> tuple[tuple, Note, Rule]:
             if keys[row] not in known:

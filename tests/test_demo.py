@@ -261,7 +261,10 @@ def test_large_turned_and_transparent_photos_are_shown_small_and_downloaded_whol
 
 def test_examples_the_clipboard_and_the_camera_are_photos_too(page):
     before = shown(page)
-    page.get_by_label("Thumbnail 2 of 4").click()
+    thumbnail = page.get_by_label("Thumbnail 2 of 4")
+    fit = thumbnail.locator("img").evaluate("image => getComputedStyle(image).objectFit")
+    assert fit == "contain"  # portraits keep their heads
+    thumbnail.click()
     before = changed(page, before)
     take_away(page)
     page.evaluate(

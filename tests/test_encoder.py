@@ -215,12 +215,13 @@ def test_a_network_that_takes_images_of_64_x_96_but_not_of_the_runs_size(project
     assert str(caught.value) == sentence.format("160 x 240")
 
 
-def test_a_network_that_cannot_be_reached(project, run_train, monkeypatch):
+def test_a_network_that_cannot_be_reached(project, run_train, monkeypatch, capsys):
     monkeypatch.setattr("timm.models._builder.load_pretrained", without_network)
     assert refusal(run_train, "--encoder", "test_resnet") == (
         "the weights of ENCODER test_resnet cannot be downloaded (Name or service not known): connect to the internet, "
         "or give the weights with --encoder-weights FILE"
     )
+    assert "Downloading the weights of test_resnet" in capsys.readouterr().out  # it may try for a minute
 
 
 def test_weights_of_another_architecture(pretrained, run_train):

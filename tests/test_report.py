@@ -198,6 +198,20 @@ def test_the_page_shows_each_photos_dice_worst_first(project, run_train):
     assert np.mean(shown) == pytest.approx(float(rows()[2]["dice"]), abs=1e-9)
 
 
+def test_of_many_epochs_the_last_ten_are_open(project, run_train):
+    flags = ["--batch-size", "32", "--num-epochs"]
+    run_train(*flags, "10")
+    assert page().count("<details open>") == 1 and "Scores of epochs" not in page()
+    run_train(*flags, "13", "--load-model")
+    earlier, last = re.findall(r"<table>.*?</table>", page(), re.DOTALL)[:2]
+    assert re.findall(r"<tr><td>(\d+)</td>", earlier) == ["1", "2", "3"]
+    assert re.findall(r"<tr><td>(\d+)</td>", last) == [str(epoch) for epoch in range(4, 14)]
+    closed, opened = (
+        re.search(rf"<details( open)?><summary>Scores of {of}", page())[1] for of in ("epochs", "the last")
+    )
+    assert closed is None and opened
+
+
 def test_of_many_photos_the_page_shows_some(project, run_train, monkeypatch):
     monkeypatch.setattr(report, "PAGE_PHOTOS", 5)
     run_train("--num-epochs", "1")

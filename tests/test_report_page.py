@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
+from PIL import Image
 
 import train
 
@@ -25,6 +26,11 @@ def page_file(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     photo.rename(photo.with_name(EVIL))
     mask = folder / f"data/val_masks/{photo.stem}_mask.gif"
     mask.rename(mask.with_name(Path(EVIL).stem + "_mask.gif"))
+    portrait = sorted((folder / "data/val_images").iterdir())[7]
+    for path in (portrait, folder / f"data/val_masks/{portrait.stem}_mask.gif"):
+        with Image.open(path) as picture:
+            upright = picture.transpose(Image.Transpose.ROTATE_90)
+        upright.save(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main([*SMALL, "--num-epochs", "2"])
@@ -114,7 +120,8 @@ def test_a_photo_is_enlarged_and_the_arrows_go_on(page):
     page.get_by_role("button").first.focus()
     page.keyboard.press("Enter")
     assert page.locator("dialog b").inner_text() == names(page)[0]
-    assert page.locator("dialog img").first.bounding_box()["width"] > 600
+    box = page.locator("dialog img").first.bounding_box()
+    assert max(box["width"], box["height"]) > 600
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
@@ -134,3 +141,29 @@ def test_a_phone_shows_two_columns_and_does_not_scroll_sideways(page, scheme):
     assert tops[0] == tops[1] < tops[2]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_photos_come_first_and_have_their_own_proportions(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    first, run = page.locator("main figure").first.bounding_box(), page.locator("#run")
+    assert first["y"] < 450 and run.bounding_box()["y"] > first["y"] + first["height"]
+    shapes = page.locator("main figure").evaluate_all(
+        """figures => figures.map(figure => [...figure.querySelectorAll("img")]
+           .map(image => image.getBoundingClientRect()).filter(box => box.width)
+           .map(box => (box.width / box.height).toFixed(2)).join(" "))"""
+    )
+    assert sorted(shapes) == ["0.67 0.67"] + ["1.50 1.50"] * 31  # photo and errors lie upon each other
+    page.get_by_role("link", name="curves, scores").click()
+    assert run.evaluate("section => section.getBoundingClientRect().top") < 900  # on the screen
+
+
+def test_an_enlarged_portrait_is_seen_as_a_whole(page):
+    portrait = (
+        page.locator("main figure")
+        .filter(has=page.locator("img"))
+        .evaluate_all("figures => figures.findIndex(figure => figure.style.getPropertyValue('--shape') < 1)")
+    )
+    page.get_by_role("button").nth(portrait).click()
+    box = page.locator("dialog img").first.bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= page.viewport_size["height"] and box["height"] > 400

@@ -377,7 +377,7 @@ def benchmark_recipe(s: SimpleNamespace) -> dict[str, float]:
     error_ratio compares 1 - Dice. time_ratio compares the seconds until the classic recipe's last mean Dice, which ours
     may reach in this run or in one of an eighth of the NUM_EPOCHS. Both read the cache: decoding is in neither.
     """
-    settle(s)
+    settle(s, utils.load_checkpoint)
     short = SimpleNamespace(**vars(s) | {"num_epochs": max(1, s.num_epochs // 8)})
     classic, ours, our_short = [], [], []
     for seed in range(3):

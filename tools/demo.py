@@ -95,6 +95,7 @@ def make_page(gr: ModuleType, model: Predictor, examples: list[Path]) -> object:
         with gr.Row():
             small = [reduced(path, model, 240) for path in examples]
             look = {"columns": 4, "height": 170, "allow_preview": False, "buttons": [], "visible": bool(small)}
+            look["object_fit"] = "contain"  # or portraits lose their heads
             gallery = gr.Gallery(small, label="Examples", **look)
             with gr.Column():
                 threshold = gr.Slider(0.01, 0.99, 0.5, step=0.01, label="Threshold")

@@ -205,6 +205,7 @@ def is_ours(path: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    print(f"Exporting {args.checkpoint} to {args.output}, and comparing both: a few minutes.", flush=True)
     require_packages()
     model, checkpoint = load_model(args.checkpoint, "cpu", "fp32"), utils.load_checkpoint(Path(args.checkpoint))
     check_writable(args.output.parent, "--output")

@@ -512,7 +512,7 @@ def split(
     for side in SIDES:
         images = images_in(data_dir / f"{side}_images")
         cars = {group_of(image) for image in images}
-        of_cars = f" of {counted(len(cars), 'car')}" if any(map(car_of, images)) else ""
+        of_cars = f" of {counted(len(cars), 'car')}" if len(cars) < len(images) else ""
         print(f"{side:5}  {counted(len(images), 'photo')}{of_cars} in {data_dir}/{side}_images")
     for line in changes(plan) if plan and plan.placed else ():
         print(line)
