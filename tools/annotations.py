@@ -22,7 +22,7 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 from machinery.decoding import opened
-from machinery.errors import UserError
+from machinery.errors import UserError, reason_of
 from machinery.files import MASK_SUFFIX
 from machinery.outputs import is_untouched
 from machinery.shapes import box_ring, coco_mask, counts_mask, ellipse_ring, polygon_mask, ring_of, rle_decode, turned
@@ -68,11 +68,11 @@ def reading(what: object) -> Iterator[None]:
     try:
         yield
     except STUMBLES as error:
-        raise UserError(f"{what} cannot be read ({reason_of(error)}): export it again, or remove it") from error
+        raise UserError(f"{what} cannot be read ({stumble_of(error)}): export it again, or remove it") from error
 
 
-def reason_of(error: Exception) -> str:
-    """Return why a file cannot be read. Where Python's own words would say it, they are replaced."""
+def stumble_of(error: Exception) -> str:
+    """Return what a parser has stumbled over, as errors.reason_of says what other errors are about."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
     if isinstance(error, yaml.MarkedYAMLError):
@@ -83,7 +83,7 @@ def reason_of(error: Exception) -> str:
         return "it is no picture"
     if isinstance(error, (ArithmeticError, AttributeError, IndexError, RecursionError, TypeError, binascii.Error)):
         return "a value is missing, or of another kind than it should be"
-    return str(error).splitlines()[0]
+    return reason_of(error)
 
 
 def number(value: object, kind: type = int) -> int | float:
