@@ -8,8 +8,8 @@
     python predict.py test --submission submission.csv.gz         # Kaggle's format; continues where it was stopped
     torchrun --nproc_per_node=4 predict.py folder                 # shares the photos among four processes
 
-In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model, image) gives probabilities,
-and objects(probabilities) the rows of objects.csv.
+In Python: model = load_model("my_checkpoint_best.pth.tar"), then predict(model, "photo.jpg") gives probabilities,
+predict_files(model, "folder") those of many photos, and objects(probabilities) the rows of objects.csv.
 """
 
 import argparse
@@ -44,8 +44,8 @@ from machinery.decoding import (
     in_threads,
     large_ones_wait,
     read_image,
-    resize,
     rule_from,
+    source_of,
 )
 from machinery.device import Device, choose_device, memory_errors
 from machinery.errors import UserError, counted, run
@@ -66,6 +66,7 @@ from machinery.files import (
     save_metrics,
     stem_of,
 )
+from machinery.formats import Source
 from machinery.objects import Objects
 from machinery.objects import objects as objects  # for Python
 from machinery.outputs import (
@@ -145,6 +146,15 @@ class Predictor(nn.Module):
                 logits = (logits + self.network(batch.flip(-1)).float().flip(-1)) / 2
         return logits[:, 0].cpu().numpy()
 
+    def read(self, source: Source) -> np.ndarray:
+        """Return a photo as the network sees it, uint8 (h, w, 3)."""
+        return read_image(source, self.size, self.rule)
+
+    def at_original_size(self, source: Source, image: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a photo, uint8 (H, W, 3), and its probabilities, float32 (H, W), from `read`'s image and logits."""
+        photo = image if self.size == 1 else read_image(source, None, self.rule)
+        return photo, enlarge(logits, image, photo)
+
 
 def load_model(checkpoint: str | Path, device: str = "auto", precision: str = "auto") -> Predictor:
     """Return a network with its preprocessing from a checkpoint of train.py. Raises UserError if there is none."""
@@ -155,10 +165,33 @@ def load_model(checkpoint: str | Path, device: str = "auto", precision: str = "a
     return Predictor(trained, chosen)
 
 
-def predict(model: Predictor, image: np.ndarray, tta: bool = False) -> np.ndarray:
-    """Return probabilities of the foreground, float32 (H, W), for an upright RGB image, uint8 (H, W, 3)."""
-    small = np.array(resize(Image.fromarray(image), model.size))
-    return enlarge(model(small[None], tta)[0], small, image)
+def predict(model: Predictor, image: str | Path | Image.Image | np.ndarray, tta: bool = False) -> np.ndarray:
+    """Return probabilities of the foreground, float32 (H, W), at an image's own size.
+
+    The image is a file's path, a PIL image, or an array, uint8: grey (H, W), RGB (H, W, 3) or RGBA (H, W, 4). EXIF
+    turns it upright, and what is transparent lies on white. Raises UserError for anything else.
+    """
+    source = source_of(image)
+    small = model.read(source)
+    return model.at_original_size(source, small, model(small[None], tta)[0])[1]
+
+
+def predict_files(
+    model: Predictor, *inputs: str | Path, batch_size: int = 8, tta: bool = False
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yield the path and `predict`'s probabilities of each photo: files, folders with all below them, and patterns.
+
+    Threads decode and enlarge beside the network, as in the command. A photo that cannot be read is named and left out;
+    after the last one, UserError says how many these are.
+    """
+    photos, failures = find_photos([os.fspath(given) for given in inputs]), []
+
+    def finish(photo: Photo, image: np.ndarray, logits: np.ndarray) -> tuple[Path, np.ndarray]:
+        with large_ones_wait(photo.path):
+            return photo.path, model.at_original_size(photo.path, image, logits)[1]
+
+    yield from predict_all(photos, model, partial(decode, model=model), finish, batch_size, tta, failures)
+    check_failures(len(failures), len(photos))
 
 
 def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndarray:
@@ -232,6 +265,12 @@ def find_photos(inputs: list[str]) -> list[Photo]:
     if RANK == 0 and lines:
         print("\n".join(lines))
     return [Photo(path, free_name(path.stem, taken)) for path in paths.values()]
+
+
+def decode(photo: Photo, model: Predictor) -> np.ndarray:
+    """Return the network's input."""
+    with large_ones_wait(photo.path):
+        return model.read(photo.path)
 
 
 def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:
@@ -316,14 +355,10 @@ def write_all(
 ) -> tuple[list[str], list[dict]]:
     """Predict photos and write what is asked for. Return what failed, a sentence each, and the scores."""
     failures, scores = [], []
-
-    def decode(photo: Photo) -> np.ndarray:
-        with large_ones_wait(photo.path):
-            return read_image(photo.path, model.size, model.rule)
-
-    write = partial(finish, is_original=model.size == 1, rule=model.rule, args=args)
+    write = partial(finish, model=model, args=args)
     with progress(total=len(photos), desc="predicting", unit="photo") as bar:
-        results = predict_all(photos, model, decode, write, args.batch_size, args.tta, failures)
+        read = partial(decode, model=model)
+        results = predict_all(photos, model, read, write, args.batch_size, args.tta, failures)
         for photo, row, runs, measured in results:
             if row:
                 scores.append({"photo": str(photo.path)} | row)
@@ -338,22 +373,19 @@ def write_all(
     return failures, scores
 
 
-def finish(
-    photo: Photo, image: np.ndarray, logits: np.ndarray, is_original: bool, rule: Rule | None, args: argparse.Namespace
-) -> tuple:
+def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, model: Predictor, args: argparse.Namespace) -> tuple:
     """Write all that is asked for, from the network's input, uint8 (h, w, 3), and output, float32 (h, w).
 
-    `is_original` says that the input has the photo's original size. Return the photo, its scores, its run lengths and
-    its objects, the last three where they are asked for.
+    Return the photo, its scores, its run lengths and its objects, the last three where they are asked for.
     """
     with large_ones_wait(photo.path):
-        full = image if is_original else read_image(photo.path, None, rule)
-        prediction = Prediction(photo.path, full, enlarge(logits, image, full), args, args.min_area or 0)
+        full, probabilities = model.at_original_size(photo.path, image, logits)
+        prediction = Prediction(photo.path, full, probabilities, args, args.min_area or 0)
         runs = rle_encode(prediction.mask) if args.submission else None
         measured = measure(prediction, args) if args.objects or args.coco else None
         for kind in args.outputs:
             write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
-        scores = score(prediction.mask, photo.mask, rule, prediction.specks) if photo.mask else None
+        scores = score(prediction.mask, photo.mask, model.rule, prediction.specks) if photo.mask else None
         shapes = args.output_dir / f"{photo.name}.json"
         if args.labelme and (kept := made_by_hand(photo.path, shapes)):
             tqdm.write(f"kept: {kept}, which was made or corrected by hand")
@@ -605,9 +637,14 @@ def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespa
         write_found([part for *_, part in everyone], [photo.path for photo in photos], table, args.coco, args.label)
     if submission:
         submission.write(is_complete=not failed)
+    check_failures(failed, len(photos))
+
+
+def check_failures(failed: int, given: int) -> None:
+    """Raise UserError where photos have failed, each of which has been named."""
     if failed:
-        given = counted(len(photos), "photo")
-        raise UserError(f"{failed} of {given} could not be predicted, as said above: fix them, or leave them out")
+        photos = counted(given, "photo")
+        raise UserError(f"{failed} of {photos} could not be predicted, as said above: fix them, or leave them out")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,16 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from machinery.errors import UserError
-from machinery.formats import has_opacity, image_size, no_data_value, opened, orientation_of, upright_size
+from machinery.formats import (
+    Source,
+    has_opacity,
+    image_size,
+    name_of,
+    no_data_value,
+    opened,
+    orientation_of,
+    upright_size,
+)
 
 cv2.setNumThreads(0)  # several threads or workers call it on small samples: OpenCV's own threads would compete
 Image.core.set_blocks_max(16)  # Pillow keeps memory that it would give back: decoding in full takes half the time
@@ -183,7 +192,7 @@ def _is_deep(image: Image.Image) -> bool:
     """Return whether an image that Pillow has just opened, and not loaded, has more than uint8 holds in a channel."""
     if image.format == "TIFF" and image.mode != "CMYK":
         return max(image.tag_v2.get(258, (1,))) > 8 or image.tag_v2.get(339, (1,))[0] == 2
-    return image.mode[0] in "IF" or any(re.search(";16[BLNS]", str(tile[3])) for tile in image.tile)
+    return image.mode[0] in "IF" or any(re.search(";16[BLNS]", str(tile[3])) for tile in getattr(image, "tile", ()))
 
 
 def _deep_values(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
@@ -308,7 +317,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     return transform if abs(change).max() > 2 else None
 
 
-def read_image(path: Path, size: Size = None, rule: Rule | None = None) -> np.ndarray:
+def read_image(source: Source, size: Size = None, rule: Rule | None = None) -> np.ndarray:
     """Decode an image of any kind to upright RGB, uint8 (H, W, 3), resized to `size` if that is given.
 
     Transparent pixels are laid on white, unless all of them are transparent, and colours of an ICC profile become
@@ -316,20 +325,45 @@ def read_image(path: Path, size: Size = None, rule: Rule | None = None) -> np.nd
     decoded at 1/2, 1/4 or 1/8 where that is not smaller than `size`: 1.7 ms instead of 11 for 1918 x 1280. Raises
     UserError if the file cannot be decoded to its end.
     """
-    return decode_image(path, size, rule)[0]
+    return decode_image(source, size, rule)[0]
+
+
+def source_of(image: str | os.PathLike | Image.Image | np.ndarray) -> Source:
+    """Return what read_image takes: an array becomes a PIL image. Raises UserError for what is no image."""
+    if isinstance(image, str | os.PathLike):
+        return Path(image)
+    if isinstance(image, np.ndarray):
+        is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
+        if image.dtype != np.uint8 or not is_image or not image.size:
+            raise UserError(
+                f"an array {image.dtype} of the shape {image.shape} is no image: give uint8, 0 to 255, of the shape "
+                "(H, W), (H, W, 3) for RGB or (H, W, 4) for RGBA"
+            )
+        return Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    if not isinstance(image, Image.Image):
+        raise UserError(f"a {type(image).__name__} is no image: give a path, a PIL image or an array of numpy")
+    if not all(image.size):
+        raise UserError(f"the image has {image.width} x {image.height} pixels: give one that is not empty")
+    return image
 
 
 def decode_image(
-    path: Path, size: Size, rule: Rule | None = None
+    source: Source, size: Size, rule: Rule | None = None
 ) -> tuple[np.ndarray, tuple[int, int], list[float] | None, bool]:
     """Return read_image's image, its own (height, width), a Note's `levels`, and whether EXIF turned it."""
-    with opened(path) as image:
+    with opened(source) as image:
         is_deep = _is_deep(image)  # first: reading a PNG's orientation loads it
         own_size, is_turned, levels = upright_size(image), orientation_of(image) > 1, None
         size = resized(own_size, size)
         profile = image.info.get("icc_profile")
         if is_deep:
-            image, levels = _in_eight_bits(image, path, rule)
+            is_file, is_scaled = isinstance(source, Path), rule is not None and rule.low is not None
+            if not is_file and (not is_scaled or len(image.getbands()) > 1):  # of colours, Pillow keeps 8 bits alone
+                raise UserError(
+                    f"{name_of(source)} has more than 8 bits a channel, and nothing says which value is white: "
+                    "give the path of its file, or scale it to uint8"
+                )
+            image, levels = _in_eight_bits(image, source, rule)
         else:
             for scale in (8, 4, 2):
                 if all(math.ceil(own / scale) >= wanted for own, wanted in zip(own_size, size, strict=True)):

@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -26,27 +26,45 @@ JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 TIFF_HEADS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # the last two are those of BigTIFF
 
 
+Source = Path | Image.Image  # of a picture: a file, or what somebody has opened or made
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(source: Source) -> Iterator[Image.Image]:
     """Open an image with Pillow. Pillow raises many kinds of errors on broken files: each becomes a UserError.
 
-    Raises UserError for a file of several pictures, too.
+    An image that Pillow has opened, but not read yet, is opened once more, and another is copied: the one that is given
+    stays as it is. Raises UserError for a file of several pictures, too.
     """
+    name = name_of(source)
     try:
-        # As a file, not by its name: Pillow maps an uncompressed TIFF into memory by its turned size, so garbled
-        with path.open("rb") as file, Image.open(_with_end_marker(file)) as image:
-            if (number := _number_of_pictures(image, path)) > 1:
-                raise UserError(f"{path} holds {number} pictures: save the one that you mean as a file of its own")
+        with ExitStack() as files:
+            if isinstance(source, Path):
+                file = files.enter_context(source.open("rb"))
+            elif getattr(source, "tile", None) and source.fp and not source.tell():
+                file = source.fp
+            else:
+                yield source.copy()
+                return
+            # As a file, not by its name: Pillow maps an uncompressed TIFF into memory by its turned size, so garbled
+            image = files.enter_context(Image.open(_with_end_marker(file)))
+            if (number := _number_of_pictures(image, file)) > 1:
+                raise UserError(f"{name} holds {number} pictures: save the one that you mean as a file of its own")
             yield image
     except UserError:
         raise
     except Exception as error:
         reason, advice = reason_of(error), "replace it, or move it away"
         if isinstance(error, MemoryError) or re.search("out of memory|insufficient memory", reason, re.IGNORECASE):
-            raise UserError(f"out of memory while {path} was read: end other programs, or reduce the photo") from error
-        if isinstance(error, UnidentifiedImageError) or "unknown raw mode" in reason:
-            reason, advice = _unknown_kind(path)
-        raise UserError(f"{path} is no readable image ({reason}): {advice}") from error
+            raise UserError(f"out of memory while {name} was read: end other programs, or reduce the photo") from error
+        if isinstance(source, Path) and (isinstance(error, UnidentifiedImageError) or "unknown raw mode" in reason):
+            reason, advice = _unknown_kind(source)
+        raise UserError(f"{name} is no readable image ({reason}): {advice}") from error
+
+
+def name_of(source: Source) -> str:
+    """Return how an error names a picture."""
+    return str(source) if isinstance(source, Path) else getattr(source, "filename", "") or "the image"
 
 
 def _unknown_kind(path: Path) -> tuple[str, str]:
@@ -58,8 +76,8 @@ def _unknown_kind(path: Path) -> tuple[str, str]:
     if head[4:] == b"ftypavif":
         return "it is AVIF", "run pip install --upgrade pillow, which reads it, or save it as JPEG"
     if head[:4] in TIFF_HEADS:
-        with suppress(Exception):  # of many kinds, where it is broken
-            return _unknown_tiff(next(_tiff_pages(path)))
+        with suppress(Exception), path.open("rb") as file:  # of many kinds, where it is broken
+            return _unknown_tiff(next(_tiff_pages(file)))
     return "it is of no known kind", "replace it, or move it away"
 
 
@@ -67,17 +85,17 @@ def _unknown_kind(path: Path) -> tuple[str, str]:
 # TIFF
 
 
-def _tiff_pages(path: Path) -> Iterator[ImageFileDirectory_v2]:
+def _tiff_pages(file: BinaryIO) -> Iterator[ImageFileDirectory_v2]:
     """Yield the tags of each page of a TIFF, also of one whose pixels Pillow cannot read."""
-    with path.open("rb") as file:
-        head = file.read(8)
-        tags = ImageFileDirectory_v2(head if head[2] != 43 else head + file.read(8))
-        known = {0}
-        while tags.next not in known:
-            known.add(tags.next)
-            file.seek(tags.next)
-            tags.load(file)
-            yield tags
+    file.seek(0)
+    head = file.read(8)
+    tags = ImageFileDirectory_v2(head if head[2] != 43 else head + file.read(8))
+    known = {0}
+    while tags.next not in known:
+        known.add(tags.next)
+        file.seek(tags.next)
+        tags.load(file)
+        yield tags
 
 
 def _unknown_tiff(tags: ImageFileDirectory_v2) -> tuple[str, str]:
@@ -94,14 +112,14 @@ def _unknown_tiff(tags: ImageFileDirectory_v2) -> tuple[str, str]:
     return reason, f"save it as RGB with 8 or 16 bits ({how})"
 
 
-def _number_of_pictures(image: Image.Image, path: Path) -> int:
+def _number_of_pictures(image: Image.Image, file: BinaryIO) -> int:
     """Return how many pictures a file holds, without a TIFF's and an MPO's previews."""
     if image.format not in ("TIFF", "GIF", "WEBP", "PNG", "AVIF") or not getattr(image, "is_animated", False):
         return 1
     if image.format != "TIFF":
         return image.n_frames
     # 254 holds 1 in a reduced picture and 4 in a mask of transparency: TIFF 6.0, page 36. 255 is its older form
-    _, *others = (tags.get(254, 0) & 5 or tags.get(255) == 2 for tags in _tiff_pages(path))
+    _, *others = (tags.get(254, 0) & 5 or tags.get(255) == 2 for tags in _tiff_pages(file))
     return 1 + others.count(False)
 
 
@@ -128,6 +146,7 @@ def _with_end_marker(file: BinaryIO) -> BinaryIO:
 
     Raises ValueError for a JPEG that is cut off: where zeros fill it up, Pillow takes them for its picture.
     """
+    file.seek(0)
     is_jpeg = file.read(2) == JPEG_START
     has_end = is_jpeg and file.seek(-2, os.SEEK_END) >= 0 and file.read() == JPEG_END
     file.seek(0)
@@ -184,7 +203,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if orientation_of(image) >= 5 else (height, width)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(source: Source) -> tuple[int, int]:
     """Return the (height, width) of an image, upright, from its header. Raises UserError."""
-    with opened(path) as image:
+    with opened(source) as image:
         return upright_size(image)
