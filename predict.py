@@ -21,7 +21,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -273,6 +273,20 @@ def decode(photo: Photo, model: Predictor) -> np.ndarray:
         return model.read(photo.path)
 
 
+def without_outlined(photos: list[Photo], output_dir: Path) -> tuple[list[Photo], list[dict]]:
+    """Return the photos that have no outlines by hand, and `finish`'s rows of the others, which are kept."""
+    others, rows = [], []
+    for photo in photos:
+        kept = None
+        with suppress(UserError):  # of a file that cannot be read: `finish` says so
+            kept = made_by_hand(photo.path, output_dir / f"{photo.name}.json")
+        if kept:
+            rows.append({"photo": str(photo.path), "kept": str(kept)})
+        else:
+            others.append(photo)
+    return others, rows
+
+
 def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:
     """Find the photos' true masks. Raises UserError where one would serve two photos, or no photo has one."""
     stems = [stem_of(photo.path) for photo in photos]
@@ -353,15 +367,14 @@ def write_all(
     submission: Submission | None,
     found: Found | None,
 ) -> tuple[list[str], list[dict]]:
-    """Predict photos and write what is asked for. Return what failed, a sentence each, and the scores."""
-    failures, scores = [], []
+    """Predict photos and write what is asked for. Return what failed, a sentence each, and `finish`'s rows."""
+    failures, all_rows = [], []
     write = partial(finish, model=model, args=args)
     with progress(total=len(photos), desc="predicting", unit="photo") as bar:
         read = partial(decode, model=model)
         results = predict_all(photos, model, read, write, args.batch_size, args.tta, failures)
-        for photo, row, runs, measured in results:
-            if row:
-                scores.append({"photo": str(photo.path)} | row)
+        for photo, rows, runs, measured in results:
+            all_rows += [{"photo": str(photo.path)} | row for row in rows]
             if submission:
                 submission.add(photo.path, runs)
             if found:
@@ -370,30 +383,31 @@ def write_all(
                 areas = [row["area_px"] for row in measured["rows"]]
                 tqdm.write(f"{photo.path}: {len(areas)} object{'s' * (len(areas) != 1)}, {sum(areas)} pixels")
             bar.update()
-    return failures, scores
+    return failures, all_rows
 
 
 def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, model: Predictor, args: argparse.Namespace) -> tuple:
     """Write all that is asked for, from the network's input, uint8 (h, w, 3), and output, float32 (h, w).
 
-    Return the photo, its scores, its run lengths and its objects, the last three where they are asked for.
+    Return the photo, rows of its scores, its uncertain share and its outlines that are kept, its run lengths and its
+    objects, as far as they are asked for.
     """
     with large_ones_wait(photo.path):
         full, probabilities = model.at_original_size(photo.path, image, logits)
-        prediction = Prediction(photo.path, full, probabilities, args, args.min_area or 0)
+        prediction = Prediction(photo.path, full, probabilities, args, args.min_area or 0, args.largest)
         runs = rle_encode(prediction.mask) if args.submission else None
         measured = measure(prediction, args) if args.objects or args.coco else None
         for kind in args.outputs:
             write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
-        scores = score(prediction.mask, photo.mask, model.rule, prediction.specks) if photo.mask else None
+        rows = [score(prediction.mask, photo.mask, model.rule, prediction.specks)] if photo.mask else []
         shapes = args.output_dir / f"{photo.name}.json"
         if args.labelme and (kept := made_by_hand(photo.path, shapes)):
-            tqdm.write(f"kept: {kept}, which was made or corrected by hand")
+            rows.append({"kept": str(kept)})
         elif args.labelme:
             min_area = 10 if args.min_area is None else args.min_area
             write_labelme(shapes, prediction.mask, photo.path, args.label, min_area)
-            scores = scores or {"uncertain": uncertain_share(prediction.probabilities)}
-    return photo, scores, runs, measured
+            rows = rows or [{"uncertain": uncertain_share(prediction.probabilities)}]
+    return photo, rows, runs, measured
 
 
 def measure(prediction: Prediction, args: argparse.Namespace) -> dict:
@@ -411,8 +425,8 @@ def measure(prediction: Prediction, args: argparse.Namespace) -> dict:
 def score(mask: np.ndarray, path: Path, rule: Rule | None, specks: np.ndarray | None = None) -> dict[str, float]:
     """Return the scores of a mask, uint8 (H, W) in {0, 255}, against the true one in a file, as scores.csv has them.
 
-    They are those of utils.image_scores, Dice and IoU first, and boundary F1. Where --min-area has removed `specks`,
-    bool (H, W), the Dice with them is there, too. Raises UserError if sizes differ.
+    They are those of utils.image_scores, Dice and IoU first, and boundary F1. Where --min-area or --largest
+    has removed `specks`, bool (H, W), the Dice with them is there, too. Raises UserError if sizes differ.
     """
     true_mask = decode_mask(path, None, rule)[0]
     if true_mask.shape != mask.shape:
@@ -495,6 +509,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--label", default="object", help="the object's label for LabelMe and COCO [object]")
     small = "smaller objects are left out everywhere, in pixels; in LabelMe smaller holes, too [0, in LabelMe 10]"
     add("--min-area", type=int, metavar="N", help=small)
+    add("--largest", action="store_true", help="the largest object alone; all others are left out everywhere")
     add("--objects", action="store_true", help="objects.csv: a row for each object; their numbers on --overlay")
     add("--coco", type=Path, metavar="FILE.json", help="the objects of all photos as annotations in COCO's format")
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")
@@ -527,8 +542,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         ),
         lambda name: f"--{name.replace('_', '-')}",
     )
-    args.mask = args.mask or not args.submission
     args.outputs = [kind for kind in OUTPUTS if getattr(args, kind.replace("-", "_"))]
+    others = args.outputs or args.submission or args.mask_dir or args.objects or args.coco
+    args.outlines_alone = args.labelme and not others  # then photos that have theirs are not predicted
+    if not (args.mask or args.submission):
+        args.outputs.insert(0, "mask")
     args.background = args.background and load_background(args.background)
     return args
 
@@ -569,7 +587,7 @@ def open_submission(args: argparse.Namespace, photos: list[Photo]) -> Submission
     """Open the submission file, with the rows that an earlier run with the same network and flags has left."""
     stat = Path(args.checkpoint).stat()
     folders = sorted({str(photo.path.resolve().parent) for photo in photos})  # test_hq has the names of test
-    flags = args.threshold, args.tta, args.size, args.tile, args.min_area or 0
+    flags = args.threshold, args.tta, args.size, args.tile, args.min_area or 0, args.largest
     decisive = stat.st_size, stat.st_mtime_ns, *flags, folders
     key = f"{zlib.crc32(repr(decisive).encode()):08x}"
     return Submission(args.submission, [photo.path for photo in photos], key)
@@ -608,16 +626,17 @@ def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespa
         submission = open_submission(args, photos)
         takes_all = args.mask_dir or args.objects or args.coco  # which do not continue, as a submission does
         shard = [photo for photo in shard if takes_all or photo.path.name not in submission.done]
+    shard, kept = without_outlined(shard, args.output_dir) if args.outlines_alone else (shard, [])
 
     start = time.perf_counter()
     table = args.output_dir / "objects.csv" if args.objects else None
     with Found(table or args.coco) if table or args.coco else nullcontext() as found:
         with memory_errors(f"at --batch-size {args.batch_size}: set it to 1, or --size or --tile to less"):
-            results = write_all(shard, model, args, submission, found)
+            failures, rows = write_all(shard, model, args, submission, found)
         if submission:
             submission.part.close()
         with process_group(minutes=7 * 24 * 60):  # one may have much larger photos than another
-            everyone = all_gather_object((*results, found.part if found else None))
+            everyone = all_gather_object((failures, kept + rows, found.part if found else None))
     if RANK > 0:
         return
 
@@ -625,8 +644,13 @@ def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespa
     rows = [row for _, rows, _ in everyone for row in rows]
     scores = sorted((row for row in rows if "dice" in row), key=lambda row: row["dice"])
     uncertain = sorted((row for row in rows if "uncertain" in row), key=lambda row: -row["uncertain"])
-    done, seconds = counted(len(photos) - failed, "photo"), time.perf_counter() - start
-    print(f"{done} in {seconds:.1f} s: {args.submission or args.output_dir}")
+    kept, seconds = sorted(row["kept"] for row in rows if "kept" in row), time.perf_counter() - start
+    done = len(photos) - failed - len(kept) * args.outlines_alone
+    print(f"{counted(done, 'photo')} in {seconds:.1f} s: {args.submission or args.output_dir}")
+    if kept:
+        files = "which was" if len(kept) == 1 else f"{len(kept)} files that were"
+        end = "; their photos are not predicted" if args.outlines_alone else ""
+        print(f"kept: {', '.join(kept[:3])}{', ...' if len(kept) > 3 else ''}, {files} made or corrected by hand{end}")
     if scores:
         save_metrics(scores, args.output_dir / "scores.csv")
         print_scores(scores)

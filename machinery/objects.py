@@ -38,13 +38,15 @@ def objects(mask_or_probabilities: np.ndarray, threshold: float = 0.5) -> list[d
     return Objects(array != 0).rows()
 
 
-def remove_specks(mask: np.ndarray, probabilities: np.ndarray, min_area: int) -> np.ndarray:
+def remove_specks(mask: np.ndarray, probabilities: np.ndarray, min_area: int, largest: bool = False) -> np.ndarray:
     """Set objects of fewer than `min_area` pixels to 0 in a mask and its probabilities, both (H, W), in place.
 
-    Return where they were, bool (H, W).
+    With `largest`, all but the largest object, the first one of several. Return where they were, bool (H, W).
     """
     found, specks = Objects(mask), np.empty(mask.shape, bool)
     is_speck = np.concatenate(([False], found.areas < min_area))
+    if largest and len(found):
+        is_speck[1:] |= np.arange(len(found)) != found.areas.argmax()
     for rows, _, _ in bands(len(mask), 0):
         specks[rows] = is_speck[found.labels[rows]]
     mask[specks] = probabilities[specks] = 0

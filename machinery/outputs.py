@@ -33,15 +33,24 @@ TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
 class Prediction:
     """What the outputs are drawn from: a photo, uint8 (H, W, 3), its probabilities, float32 (H, W), and the flags.
 
-    `path` is the photo's. Objects of fewer than `min_area` pixels are removed, from the probabilities as well.
+    `path` is the photo's. Objects of fewer than `min_area` pixels are removed, from the probabilities as well, and with
+    `largest` all but the largest one.
     """
 
     def __init__(
-        self, path: Path, photo: np.ndarray, probabilities: np.ndarray, args: argparse.Namespace, min_area: int = 0
+        self,
+        path: Path,
+        photo: np.ndarray,
+        probabilities: np.ndarray,
+        args: argparse.Namespace,
+        min_area: int = 0,
+        largest: bool = False,
     ) -> None:
         self.path, self.photo, self.probabilities, self.args = path, photo, probabilities, args
         self.mask = (probabilities > args.threshold) * np.uint8(255)  # (H, W) in {0, 255}
-        self.specks = remove_specks(self.mask, probabilities, min_area) if min_area else None  # bool (H, W)
+        self.specks = None  # where objects were removed, bool (H, W)
+        if min_area or largest:
+            self.specks = remove_specks(self.mask, probabilities, min_area, largest)
         self.numbered: Objects | None = None  # whose numbers the overlay shows
 
     def overlay(self) -> Image.Image:

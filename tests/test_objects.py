@@ -19,7 +19,7 @@ from test_predict_labelme import MASKS
 import predict
 from machinery import outputs
 from machinery.errors import UserError
-from machinery.objects import COLUMNS, Objects
+from machinery.objects import COLUMNS, Objects, remove_specks
 from machinery.shapes import coco_polygon_mask
 from model import UNet
 from predict import objects
@@ -323,13 +323,45 @@ def test_no_mask_changes_by_itself_and_labelme_keeps_its_ten_pixels(red):
     assert len(json.loads(Path("predictions/a.json").read_text())["shapes"]) == 4
 
 
-def test_scores_say_what_the_removal_changed(red, capsys):
+def test_the_largest_object_stays_alone_in_every_output(red):
+    mask, disc = speckled()
+    mask[5:30, 5:30] = 255  # 625 pixels, 5000 has the disc
+    draw({"a": mask, "b": discs(()), "c": one_pixel()})
+    run("photos", "--largest", "--mask", "--cutout", "--probabilities", "--labelme", "--objects",
+        "--coco", "a.json", "--submission", "s.csv", "--background", "lime")  # fmt: skip
+    np.testing.assert_array_equal(mask_of("a"), disc)
+    assert not mask_of("b").any() and mask_of("c").sum() == 1
+    alpha, probabilities, background = (
+        np.asarray(Image.open(f"predictions/a_{kind}.png")) for kind in ("cutout", "probabilities", "background")
+    )
+    assert not alpha[:60, :60, 3].any() and (background[:60, :60] == (0, 255, 0)).all()
+    np.testing.assert_array_equal(probabilities > 32768, disc)
+    assert [len(json.loads(Path(f"predictions/{name}.json").read_text())["shapes"]) for name in "abc"] == [1, 0, 0]
+    assert [(Path(row["photo"]).stem, row["area_px"]) for row in table()] == [("a", str(disc.sum())), ("c", "1")]
+    assert len(json.loads(Path("a.json").read_text())["annotations"]) == 2
+    make_masks.main(["s.csv", "photos"])
+    np.testing.assert_array_equal(mask_of("a", "masks_of_object/masks"), disc)
+    run("photos", "--largest", "--min-area", disc.sum() + 1, "--output-dir", "none")
+    assert not any(mask_of(name, "none").any() for name in "abc")
+    run("photos", "--largest", "--min-area", disc.sum(), "--output-dir", "again")
+    np.testing.assert_array_equal(mask_of("a", "again"), disc)
+
+
+def test_of_two_largest_objects_the_first_stays():
+    mask = np.zeros((30, 30), np.uint8)
+    mask[20:25, 2:7] = mask[3:8, 20:25] = mask[0, 0] = 255
+    removed = remove_specks(mask, mask.astype(np.float32), 0, largest=True)
+    assert mask[3:8, 20:25].all() and np.count_nonzero(mask) == 25 and np.count_nonzero(removed) == 26
+
+
+@pytest.mark.parametrize("flag", [["--min-area", 17], ["--largest"]])
+def test_scores_say_what_the_removal_changed(red, capsys, flag):
     mask, disc = speckled()
     draw({"a": mask, "b": disc})
     Path("truth").mkdir()
     for name in ("a", "b"):
         Image.fromarray(disc).save(f"truth/{name}_mask.png")
-    run("photos", "--mask-dir", "truth", "--min-area", 17)
+    run("photos", "--mask-dir", "truth", *flag)
     out = capsys.readouterr().out
     with Path("predictions/scores.csv").open() as file:
         rows = {Path(row["photo"]).stem: row for row in csv.DictReader(file)}
@@ -341,7 +373,8 @@ def test_scores_say_what_the_removal_changed(red, capsys):
     assert "dice_with_specks" not in Path("predictions/scores.csv").read_text()
 
 
-def test_a_submission_takes_over_no_rows_of_another_least_area(red):
+@pytest.mark.parametrize("flag", [["--min-area", 17], ["--largest"]])
+def test_a_submission_takes_over_no_rows_of_other_objects(red, flag):
     mask, disc = speckled()
     draw({"a": mask, "b": mask})
     Path("photos/b.png").rename("b.png")
@@ -349,7 +382,7 @@ def test_a_submission_takes_over_no_rows_of_another_least_area(red):
     with pytest.raises(UserError):
         run("photos", "--submission", "s.csv")
     Path("b.png").replace("photos/b.png")
-    run("photos", "--submission", "s.csv", "--min-area", 17)
+    run("photos", "--submission", "s.csv", *flag)
     make_masks.main(["s.csv", "photos"])
     for name in ("a", "b"):
         np.testing.assert_array_equal(mask_of(name, "masks_of_object/masks"), disc)
