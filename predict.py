@@ -5,6 +5,7 @@
     python predict.py data/val_images --mask-dir data/val_masks   # and scores against the truth, worst photos first
     python predict.py folder --labelme --label car                # outlines, to be corrected in LabelMe
     python predict.py folder --objects --min-area 20              # objects.csv: how many, how large, where
+    python predict.py folder --checkpoint a.pth.tar b.pth.tar     # the mean of several networks' probabilities
     python predict.py test --submission submission.csv.gz         # Kaggle's format; continues where it was stopped
     torchrun --nproc_per_node=4 predict.py folder                 # shares the photos among four processes
 
@@ -18,6 +19,7 @@ import os
 import re
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -132,9 +134,23 @@ class Predictor(nn.Module):
         return getattr(self.network, "tile", None)
 
     @property
+    def scale(self) -> tuple[float | None, float | None]:
+        """Return what becomes 0 and 255 in photos with more than 8 bits a channel."""
+        return (self.rule.low, self.rule.high) if self.rule else (None, None)
+
+    @property
     def has_large_inputs(self) -> bool:
         """Return whether photos come at their original sizes, which differ."""
         return bool(self.tile) or isinstance(self.size, float)
+
+    @property
+    def learned(self) -> str | None:
+        """Return which part of the masks it has learned to find; None where nothing is known of it."""
+        if self.rule is None or (self.rule.chosen is None and self.rule.is_labels is None):
+            return None
+        if self.rule.chosen is not None:
+            return f"the values {', '.join(f'{value:g}' for value in self.rule.chosen)}"
+        return "all values but 0" if self.rule.is_labels else "what is bright"
 
     @torch.inference_mode()
     def forward(self, images: np.ndarray, tta: bool = False) -> np.ndarray:
@@ -146,6 +162,10 @@ class Predictor(nn.Module):
                 logits = (logits + self.network(batch.flip(-1)).float().flip(-1)) / 2
         return logits[:, 0].cpu().numpy()
 
+    def logits(self, images: list[np.ndarray], tta: bool) -> Sequence[np.ndarray]:
+        """Return the logits of each of `read`'s images."""
+        return self(np.stack(images), tta)
+
     def read(self, source: Source) -> np.ndarray:
         """Return a photo as the network sees it, uint8 (h, w, 3)."""
         return read_image(source, self.size, self.rule)
@@ -156,16 +176,73 @@ class Predictor(nn.Module):
         return photo, enlarge(logits, image, photo)
 
 
-def load_model(checkpoint: str | Path, device: str = "auto", precision: str = "auto") -> Predictor:
-    """Return a network with its preprocessing from a checkpoint of train.py. Raises UserError if there is none."""
-    trained = utils.load_checkpoint(Path(checkpoint))
-    normalisation = {name: trained["preprocessing"][name] for name in ("mean", "std")}
-    chosen = choose_device(device, precision, **normalisation)
-    torch.backends.cudnn.conv.fp32_precision = "ieee" if chosen.precision == torch.float32 else "tf32"
-    return Predictor(trained, chosen)
+class Ensemble:
+    """Several networks, used like one Predictor: probabilities are the mean of theirs at original size.
+
+    `read` gives a list of what each network sees of a photo, and `logits` gives their logits of each photo.
+    """
+
+    def __init__(self, networks: list[Predictor]) -> None:
+        self.networks, self.rule = networks, networks[0].rule
+
+    @property
+    def has_large_inputs(self) -> bool:
+        """Return whether photos come at their original sizes, which differ."""
+        return any(network.has_large_inputs for network in self.networks)
+
+    def read(self, source: Source) -> list[np.ndarray]:
+        """Return a photo as each network sees it; it is decoded once for all that see the same."""
+        ways = {(network.size, network.scale): network for network in self.networks}
+        images = {way: network.read(source) for way, network in ways.items()}
+        return [images[network.size, network.scale] for network in self.networks]
+
+    def logits(self, images: list[list[np.ndarray]], tta: bool) -> list[tuple[np.ndarray, ...]]:
+        """Return each network's logits of each photo."""
+        each = zip(self.networks, zip(*images, strict=True), strict=True)
+        return list(zip(*(network.logits(list(own), tta) for network, own in each), strict=True))
+
+    def at_original_size(
+        self, source: Source, images: list[np.ndarray], logits: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return a photo, uint8 (H, W, 3), and the mean of its probabilities, float32 (H, W)."""
+        photos = {n.scale: image for n, image in zip(self.networks, images, strict=True) if n.size == 1}
+        total = np.float32(0)
+        for network, image, own in zip(self.networks, images, logits, strict=True):
+            if network.scale not in photos:
+                photos[network.scale] = read_image(source, None, network.rule)
+            probabilities = enlarge(own, image, photos[network.scale])
+            total = np.add(probabilities, total, out=probabilities)
+        return photos[self.networks[0].scale], np.divide(total, len(self.networks), out=total)
 
 
-def predict(model: Predictor, image: str | Path | Image.Image | np.ndarray, tta: bool = False) -> np.ndarray:
+def load_model(
+    checkpoint: str | Path | Sequence[str | Path], device: str = "auto", precision: str = "auto"
+) -> Predictor | Ensemble:
+    """Return a network with its preprocessing from a checkpoint of train.py, or the Ensemble of a list of them.
+
+    Raises UserError for what is no checkpoint, and for networks that have learned different things.
+    """
+    if isinstance(checkpoint, str | os.PathLike):
+        trained = utils.load_checkpoint(Path(checkpoint))
+        normalisation = {name: trained["preprocessing"][name] for name in ("mean", "std")}
+        chosen = choose_device(device, precision, **normalisation)
+        torch.backends.cudnn.conv.fp32_precision = "ieee" if chosen.precision == torch.float32 else "tf32"
+        return Predictor(trained, chosen)
+
+    if not checkpoint:
+        raise UserError("the list of checkpoints is empty: give one at least")
+    networks = [load_model(path, device, precision) for path in checkpoint]
+    known = {learned: path for network, path in zip(networks, checkpoint, strict=True) if (learned := network.learned)}
+    if len(known) > 1:
+        (one, first), (other, second) = list(known.items())[:2]
+        raise UserError(
+            f"{first} has learned to find {one} of its masks, and {second} {other}: give networks that were trained on "
+            "masks of the same kind"
+        )
+    return Ensemble(networks) if len(networks) > 1 else networks[0]
+
+
+def predict(model: Predictor | Ensemble, image: str | Path | Image.Image | np.ndarray, tta: bool = False) -> np.ndarray:
     """Return probabilities of the foreground, float32 (H, W), at an image's own size.
 
     The image is a file's path, a PIL image, or an array, uint8: grey (H, W), RGB (H, W, 3) or RGBA (H, W, 4). EXIF
@@ -173,11 +250,11 @@ def predict(model: Predictor, image: str | Path | Image.Image | np.ndarray, tta:
     """
     source = source_of(image)
     small = model.read(source)
-    return model.at_original_size(source, small, model(small[None], tta)[0])[1]
+    return model.at_original_size(source, small, model.logits([small], tta)[0])[1]
 
 
 def predict_files(
-    model: Predictor, *inputs: str | Path, batch_size: int = 8, tta: bool = False
+    model: Predictor | Ensemble, *inputs: str | Path, batch_size: int = 8, tta: bool = False
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Yield the path and `predict`'s probabilities of each photo: files, folders with all below them, and patterns.
 
@@ -267,7 +344,7 @@ def find_photos(inputs: list[str]) -> list[Photo]:
     return [Photo(path, free_name(path.stem, taken)) for path in paths.values()]
 
 
-def decode(photo: Photo, model: Predictor) -> np.ndarray:
+def decode(photo: Photo, model: Predictor | Ensemble) -> np.ndarray:
     """Return the network's input."""
     with large_ones_wait(photo.path):
         return model.read(photo.path)
@@ -310,7 +387,7 @@ def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:
 
 def predict_all(
     items: Sequence,
-    model: Predictor,
+    model: Predictor | Ensemble,
     decode: Callable[[object], np.ndarray],
     finish: Callable[[object, np.ndarray, np.ndarray], object],
     batch_size: int,
@@ -320,7 +397,7 @@ def predict_all(
     """Decode, predict and finish items side by side: threads work around the network. Yield finish's results in order.
 
     Args:
-        decode: item -> the network's input, uint8 (h, w, 3).
+        decode: item -> the network's input, uint8 (h, w, 3); with an Ensemble a list of them, and of logits.
         finish: item, that input, and its logits, float32 (h, w) -> a result.
         failures: where UserErrors are noted, of items which are then left out; without it they are raised.
     """
@@ -348,21 +425,21 @@ def without_failures(futures: Iterable[Future], failures: list[str] | None) -> I
             yield result
 
 
-def run_network(model: Predictor, decoded: Iterator, batch_size: int, tta: bool) -> Iterator[tuple]:
+def run_network(model: Predictor | Ensemble, decoded: Iterator, batch_size: int, tta: bool) -> Iterator[tuple]:
     """Turn (item, image) into (item, image, logits), in batches of equal size.
 
     The last one is filled up with copies of its last image: a network is fastest with one shape throughout.
     """
     while batch := list(islice(decoded, batch_size)):
         images = [image for _, image in batch]
-        logits = model(np.stack(images + images[-1:] * (batch_size - len(images))), tta)
+        logits = model.logits(images + images[-1:] * (batch_size - len(images)), tta)
         for (item, image), item_logits in zip(batch, logits, strict=False):
             yield item, image, item_logits
 
 
 def write_all(
     photos: list[Photo],
-    model: Predictor,
+    model: Predictor | Ensemble,
     args: argparse.Namespace,
     submission: Submission | None,
     found: Found | None,
@@ -386,7 +463,9 @@ def write_all(
     return failures, all_rows
 
 
-def finish(photo: Photo, image: np.ndarray, logits: np.ndarray, model: Predictor, args: argparse.Namespace) -> tuple:
+def finish(
+    photo: Photo, image: np.ndarray, logits: np.ndarray, model: Predictor | Ensemble, args: argparse.Namespace
+) -> tuple:
     """Write all that is asked for, from the network's input, uint8 (h, w, 3), and output, float32 (h, w).
 
     Return the photo, rows of its scores, its uncertain share and its outlines that are kept, its run lengths and its
@@ -500,7 +579,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's arguments, checked. Raises UserError."""
     parser = Parser("python predict.py", __doc__)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="photo", help="photos, folders with all below them, 'patterns*'")
+    add("inputs", nargs="*", metavar="photo", help="photos, folders with all below them, 'patterns*'")
     add("--output-dir", type=Path, default=Path("predictions"), help="[predictions]")
     for kind, (_, text) in OUTPUTS.items():
         takes_value = {"metavar": "COLOUR|IMAGE"} if kind == "background" else {"action": "store_true"}
@@ -515,7 +594,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")
     add("--mask-dir", type=Path, help="true masks: scores at the photos' original size, in <output-dir>/scores.csv")
     add("--mask-suffix", default=MASK_SUFFIX, help="the mask of xxx.jpg is xxx_mask.gif (or .png, ...) [_mask]")
-    add("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
+    several = "several networks' probabilities are averaged [my_checkpoint_best.pth.tar]"
+    add("--checkpoint", nargs="+", metavar="FILE", default=["my_checkpoint_best.pth.tar"], help=several)
     add("--threshold", type=float, default=0.5, help="the probability above which a pixel is foreground [0.5]")
     add("--tta", action="store_true", help="averages photo and mirror image: twice the time, a little better")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="the network sees photos at this size [training's]")
@@ -524,6 +604,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="photos that the network sees at once [8]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first that is there]")
     args = parser.parse_args(argv)
+    args.checkpoint, photos = split_checkpoints(args.checkpoint)
+    args.inputs += photos
+    if not args.inputs:
+        parser.error("the following arguments are required: photo")
     check_ranges(
         args,
         (
@@ -551,9 +635,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_network(args: argparse.Namespace) -> Predictor:
-    """Return the network, set to the size or the tiles that are asked for. Raises UserError."""
+def split_checkpoints(names: list[str]) -> tuple[list[str], list[str]]:
+    """Return the checkpoints and the photos that follow --checkpoint, which takes them all.
+
+    The first name is a checkpoint; others are by their ending, or as a ZIP file, which torch.save writes.
+    """
+    checkpoints, photos = names[:1], []
+    for name in names[1:]:
+        has_ending = name.lower().endswith((".pth.tar", ".pth", ".pt", ".ckpt"))
+        is_checkpoint = not Path(name).is_dir() and (has_ending or zipfile.is_zipfile(name))
+        (checkpoints if is_checkpoint else photos).append(name)
+    return checkpoints, photos
+
+
+def load_network(args: argparse.Namespace) -> Predictor | Ensemble:
+    """Return the networks, set to the size or the tiles that are asked for. Raises UserError."""
     model = load_model(args.checkpoint, args.device)
+    for path, network in zip(args.checkpoint, getattr(model, "networks", [model]), strict=True):
+        try:
+            set_input_size(network, args)
+        except UserError as error:
+            raise UserError(f"{path}: {error}" if len(args.checkpoint) > 1 else str(error)) from error
+    return model
+
+
+def set_input_size(model: Predictor, args: argparse.Namespace) -> None:
+    """Set a network to --size and --tile. Raises UserError where it cannot be."""
     if args.tile is not None and not hasattr(model.network, "tile"):
         raise UserError("--tile needs a network that has `tile` (build_network in model.py): leave --tile out")
     smallest = 4 * getattr(model.network, "multiple", 1)
@@ -580,15 +687,14 @@ def load_network(args: argparse.Namespace) -> Predictor:
     encoder = getattr(model.network, "encoder", None)
     if (args.size or args.tile) and hasattr(encoder, "check_size"):
         encoder.check_size(*(model.tile or model.size))
-    return model
 
 
 def open_submission(args: argparse.Namespace, photos: list[Photo]) -> Submission:
-    """Open the submission file, with the rows that an earlier run with the same network and flags has left."""
-    stat = Path(args.checkpoint).stat()
+    """Open the submission file, with the rows that an earlier run with the same networks and flags has left."""
+    stats = [Path(path).stat() for path in args.checkpoint]
     folders = sorted({str(photo.path.resolve().parent) for photo in photos})  # test_hq has the names of test
     flags = args.threshold, args.tta, args.size, args.tile, args.min_area or 0, args.largest
-    decisive = stat.st_size, stat.st_mtime_ns, *flags, folders
+    decisive = [(stat.st_size, stat.st_mtime_ns) for stat in stats], *flags, folders
     key = f"{zlib.crc32(repr(decisive).encode()):08x}"
     return Submission(args.submission, [photo.path for photo in photos], key)
 
@@ -619,7 +725,7 @@ def main(argv: list[str] | None = None) -> None:
         predict_photos(photos, model, args)
 
 
-def predict_photos(photos: list[Photo], model: Predictor, args: argparse.Namespace) -> None:
+def predict_photos(photos: list[Photo], model: Predictor | Ensemble, args: argparse.Namespace) -> None:
     """Share the photos among the processes, and write what is asked for. Raises UserError."""
     shard, submission = photos[RANK::WORLD_SIZE], None
     if args.submission:
