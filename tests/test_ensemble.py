@@ -20,10 +20,10 @@ from predict import load_model, predict_files
 from tools import demo, export
 
 
-def save(name: str, seed: int, rule: Rule | None = None, **preprocessing: object) -> str:
+def save(name: str, seed: int, rule: Rule | None = None, encoder: str | None = None, **preprocessing: object) -> str:
     """Write a checkpoint of a random network, which finds about half of a photo."""
     torch.manual_seed(seed)
-    model = UNet(3, 1, (8, 16))
+    model = UNet(encoder=encoder) if encoder else UNet(3, 1, (8, 16))
     torch.nn.init.normal_(model.head.weight)
     state = {"model": model.config, "state_dict": model.state_dict(), "preprocessing": PREPROCESSING | preprocessing}
     if rule:
@@ -63,6 +63,14 @@ def test_probabilities_are_the_mean_of_the_networks_at_original_size(networks, p
         np.testing.assert_allclose(pixels(photo), wanted, atol=60)  # of 65535
         clear = abs(wanted / 65535 - 0.5) > 1e-3
         np.testing.assert_array_equal((pixels(photo, "mask") > 0)[clear], (wanted / 65535 > 0.5)[clear])
+
+
+def test_a_network_with_an_encoder_may_be_one_of_them(networks, photos):
+    pytest.importorskip("timm")
+    names = [networks[1], save("encoder.pth.tar", 5, encoder="test_resnet", height=64, width=96)]
+    run(photos[0], "--checkpoint", *names, "--probabilities")
+    wanted = np.mean([predict.predict(load_model(name), photos[0]) for name in names], axis=0)
+    np.testing.assert_allclose(pixels(photos[0]) / 65535, wanted, atol=1e-3)
 
 
 def test_load_model_takes_a_list(networks, photos):
