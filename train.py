@@ -169,9 +169,7 @@ def load_data(s: SimpleNamespace, beginning: Beginning) -> tuple[CarvanaDataset,
     return train_set, val_set
 
 
-def new_state(
-    s: SimpleNamespace, device: Device, foreground: float, photos: int, beginning: Beginning = Beginning()
-) -> State:
+def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int, beginning: Beginning) -> State:
     """Return an untrained network, its optimizer and its gradient scaler.
 
     Args:
