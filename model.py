@@ -77,9 +77,12 @@ class UNet(nn.Module):
         checkpointing: whether training keeps no activations within a DoubleConv or an encoder, but computes them again
             when it needs them: less memory, a third more time, the same weights (BatchNorm counts a batch twice).
         encoder: the name of a network of timm that takes the place of the U-Net's own, for images of three channels and
-            64 pixels or more; its features give the stages their channels. encoder.load_pretrained() makes it worth
-            having.
+            64 pixels or more; its features give the stages their channels. The decoder ends at the size of the largest
+            ones, half or a quarter of the image's, and the head gives each place a block of logits.
+            encoder.load_pretrained() makes it worth having.
         tile: (height, width) of the tiles in which it sees larger images in eval mode; None shows it whole images.
+        full_size_decoder: whether the decoder of an encoder goes on to full size, as it did until format 6 of
+            checkpoints: three times slower, and no better.
 
     UNet(**model.config) builds the same network again.
     """
@@ -92,11 +95,13 @@ class UNet(nn.Module):
         checkpointing: bool = False,
         encoder: str | None = None,
         tile: tuple[int, int] | None = None,
+        full_size_decoder: bool = False,
     ) -> None:
         super().__init__()
         self.config = {"in_channels": in_channels, "out_channels": out_channels}
         self.config |= {"encoder": encoder} if encoder else {"features": list(features)}
         self.config |= {"tile": list(tile)} if tile else {}
+        self.config |= {"full_size_decoder": True} if full_size_decoder else {}
         self.checkpointing, self.tile = checkpointing, tile
 
         self.encoder = Encoder(encoder) if encoder else None
@@ -111,6 +116,9 @@ class UNet(nn.Module):
             self.bottleneck = DoubleConv(channels, channels * 2)
             channels *= 2
         self.multiple = 2 ** len(skips)
+        if not full_size_decoder:
+            skips = skips[next(stage for stage, skip in enumerate(skips) if skip) :]
+        self.block = self.multiple // 2 ** len(skips)  # pixels, along each side, for which the head gives logits
 
         self.ups = nn.ModuleList()  # give twice the height and width, and the stage's channels
         self.up_convs = nn.ModuleList()  # merge that with the skip
@@ -120,7 +128,7 @@ class UNet(nn.Module):
             self.up_convs.append(DoubleConv(skip + feature, feature))
             channels = feature
 
-        self.head = nn.Conv2d(channels, out_channels, 1)
+        self.head = nn.Conv2d(channels, out_channels * self.block**2, 1)
         nn.init.zeros_(self.head.weight)  # so that training starts from the bias, not from noise
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +150,7 @@ class UNet(nn.Module):
             x, skip = up(x), skips.pop()  # both (N, 512, H / 8, W / 8) at first, and (N, 64, H, W) at last
             x = self.recomputed(up_conv, x if skip is None else torch.cat((skip, x), dim=1))
 
-        return self.head(x)[..., :height, :width]  # (N, 1, height, width)
+        return F.pixel_shuffle(self.head(x), self.block)[..., :height, :width]  # (N, 1, height, width)
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Return each stage's output, (N, 64, H, W) to (N, 512, H / 8, W / 8), and the bottleneck's at H / 16."""
@@ -221,8 +229,11 @@ def new_network(config: dict, checkpointing: bool, foreground: float) -> nn.Modu
 def set_first_prediction(network: nn.Module, foreground: float) -> None:
     """Make the first prediction about this share of foreground, 0 to 1, if the last layer has a bias."""
     convolutions = nn.Conv2d | nn.ConvTranspose2d
-    part = network.head if isinstance(getattr(network, "head", None), nn.Module) else network
-    found = [layer for layer in part.modules() if isinstance(layer, convolutions) and layer.out_channels == 1]
+    head = getattr(network, "head", None)
+    if isinstance(head, nn.Module):
+        found = [layer for layer in head.modules() if isinstance(layer, convolutions)]
+    else:
+        found = [layer for layer in network.modules() if isinstance(layer, convolutions) and layer.out_channels == 1]
     if found and found[-1].bias is not None:
         nn.init.constant_(found[-1].bias, math.log(foreground / (1 - foreground)))
 

@@ -169,22 +169,24 @@ def load_data(s: SimpleNamespace, beginning: Beginning) -> tuple[CarvanaDataset,
     return train_set, val_set
 
 
-def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int, is_pretrained: bool = False) -> State:
+def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int, beginning: Beginning) -> State:
     """Return an untrained network, its optimizer and its gradient scaler.
 
     Args:
         foreground: the mean share of it in the masks, which the first prediction is.
         photos: in an epoch.
-        is_pretrained: whether weights of START_FROM will follow: they get a lower learning rate.
+        beginning: what the run continues or starts from, whose network it has; its weights will follow.
     """
     torch.manual_seed(s.seed)
-    config = {"features": s.features, "encoder": s.encoder, "tile": s.crop}
+    config = beginning.network | {"features": s.features, "encoder": s.encoder, "tile": s.crop}
     model = new_network(config, s.activation_checkpointing, foreground)  # build_network makes it
     shape = (s.batch_size // s.accumulation, 3, s.image_height, s.image_width)
     steps = 500 * s.minutes if s.minutes else s.num_epochs * math.ceil(photos / s.batch_size)  # 10 minutes are long
     model, forward = to_device(model, shape, device, s.compile, steps)
 
-    rate = s.learning_rate * (0.3 if is_pretrained else 1)  # at its full rate Dice fell from 0.977 to 0.962 at first
+    rate = s.learning_rate * (
+        0.3 if beginning.is_pretrained else 1
+    )  # at its full rate Dice fell from 0.977 to 0.962 at first
     optimizer = Muon(muon_groups(model, rate, s.weight_decay))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # which the schedule multiplies
@@ -205,7 +207,7 @@ def train(s: SimpleNamespace) -> None:
     report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)  # prints them
 
     # 2. Network and optimizer
-    state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set), beginning.is_pretrained)
+    state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set), beginning)
     state.started = started
     header = beginning.header(s, state.config, train_set, val_set)
     writer = CheckpointWriter(Path(s.checkpoint), header, is_new=not beginning.continued)

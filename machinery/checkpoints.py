@@ -28,7 +28,7 @@ from machinery.settings import LARGEST, is_number
 
 LOCK_SECONDS = 15  # that a run waits for another: one that was killed leaves workers, which end 5 seconds later
 TAGS = ("", ".prev", "_best")  # in the names of a run's files: the newest state, the one before, the best weights
-FORMAT = 6  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
+FORMAT = 7  # of checkpoints; raise it when their entries change, and tell _upgraded what older ones lack
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -128,7 +128,10 @@ def _upgraded(checkpoint: dict) -> dict:
     lacking = {"format": 1, "photo_dice": [], "computed": checkpoint.get("images", 0), "optimizer_name": "Muon"}
     lacking |= {"rule": asdict(Rule(low=0.0, high=65535.0)), "photo_size": None, "plan": None, "learned": []}
     lacking["spent"] = sum(row.get("seconds", 0.0) for row in checkpoint.get("history", []))
-    return lacking | checkpoint
+    upgraded = lacking | checkpoint
+    if upgraded["format"] < 7 and upgraded["model"].get("encoder"):
+        upgraded["model"] = {"full_size_decoder": True} | upgraded["model"]
+    return upgraded
 
 
 def _damage(path: Path) -> str | None:
@@ -334,9 +337,9 @@ def copied(value: object, copies: dict[int, Tensor]) -> object:
 class Beginning:
     """The checkpoint that a run continues, or with whose weights (START_FROM) it begins; None for both is anew."""
 
-    run: str  # processes.run_id()
-    continued: dict | None
-    started_from: dict | None
+    run: str = ""  # processes.run_id()
+    continued: dict | None = None
+    started_from: dict | None = None
 
     @classmethod
     def of(cls, s: SimpleNamespace, load_checkpoint: Callable[[Path], dict]) -> "Beginning":
@@ -360,6 +363,11 @@ class Beginning:
     def is_pretrained(self) -> bool:
         """Return whether the run began with the weights of START_FROM."""
         return bool(self.started_from or (self.continued and self.continued["settings"].get("start_from")))
+
+    @property
+    def network(self) -> dict:
+        """Return what build_network made the checkpoint's network of; {} where the run begins anew."""
+        return (self.continued or self.started_from or {"model": {}})["model"]
 
     @property
     def has_weights(self) -> bool:

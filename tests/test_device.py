@@ -10,6 +10,7 @@ import train
 import utils
 from dataset import Batches
 from machinery import device, processes
+from machinery.checkpoints import Beginning
 from machinery.errors import UserError
 from machinery.settings import parse_settings
 
@@ -173,7 +174,7 @@ def on_cuda(gpus, monkeypatch):
         with monkeypatch.context() as patched, CUDA:  # building only: what follows has to name its device
             patched.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
             patched.setattr(device, "tune", lambda _: None)
-            state = train.new_state(s, CUDA_BF16, 0.2, 64)
+            state = train.new_state(s, CUDA_BF16, 0.2, 64, beginning=Beginning())
         images = torch.randn(4, 3, 32, 48, device=CUDA).contiguous(memory_format=torch.channels_last)
         masks = (torch.rand(4, 1, 32, 48, device=CUDA) < 0.2).float()
 

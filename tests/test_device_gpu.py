@@ -14,6 +14,7 @@ from PIL import Image
 
 import predict
 import train
+from machinery.checkpoints import Beginning
 from machinery.device import Device, tune
 from machinery.errors import UserError
 from machinery.runs import Run
@@ -27,7 +28,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def state_and_batch(device: Device, *flags: str) -> tuple:
     s = parse_settings(vars(train), [*SMALL, "--compile", "no", *flags])
     tune(device)
-    state = train.new_state(s, device, 0.2, 64)
+    state = train.new_state(s, device, 0.2, 64, beginning=Beginning())
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (4, 32, 48, 3), dtype=torch.uint8, generator=generator)
     batch = device.to(images, (images[..., 0] > 200).byte())

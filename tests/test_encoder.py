@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,14 @@ from forked import Training
 from torch import nn
 
 import predict
+import train
 import utils
+from machinery.checkpoints import FORMAT
 from machinery.decoding import read_image
-from machinery.encoders import encoder_normalisation
+from machinery.encoders import encoder_normalisation, with_frozen_batch_norm
 from machinery.errors import UserError
 from machinery.muon import muon_groups
-from model import UNet
+from model import UNet, new_network
 
 TESTED = ["resnet34", "convnext_tiny", "tf_efficientnet_lite0"]
 STAND_INS = ["test_resnet", "test_convnext", "test_efficientnet"]  # of their kinds, with a hundredth of their weights
@@ -62,15 +66,63 @@ def test_every_weight_learns(name):
     assert all(weight.grad is not None for weight in model.parameters())
 
 
-def test_an_encoder_may_have_features_at_full_size_or_begin_at_a_quarter():
+def test_the_decoder_ends_at_the_encoders_largest_features():
+    """They are at full size, a half or a quarter; the head gives a block of logits for each of their places."""
     with torch.device("meta"):
         models = {name: UNet(encoder=name) for name in ("vgg11_bn", *TESTED)}
-    assert {name: [up.out_channels for up in model.ups] for name, model in models.items()} == {
-        "vgg11_bn": [512, 512, 256, 128, 64],
-        "resnet34": [256, 128, 64, 64, 64],
-        "convnext_tiny": [384, 192, 96, 64, 64],
-        "tf_efficientnet_lite0": [112, 64, 64, 64, 64],
+    channels = {
+        name: ([up.out_channels for up in model.ups], model.head.out_channels) for name, model in models.items()
     }
+    assert channels == {
+        "vgg11_bn": ([512, 512, 256, 128, 64], 1),
+        "resnet34": ([256, 128, 64, 64], 4),
+        "convnext_tiny": ([384, 192, 96], 16),
+        "tf_efficientnet_lite0": ([112, 64, 64, 64], 4),
+    }
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_the_first_prediction_is_the_foregrounds_share(name):
+    model = new_network({"features": None, "encoder": name, "tile": None}, False, 0.2)
+    assert model(torch.rand(1, 3, 65, 70)).sigmoid().detach().numpy() == pytest.approx(0.2)
+
+
+def test_frozen_batch_norm_computes_what_timms_does():
+    torch.manual_seed(0)
+    for name in STAND_INS:
+        network = timm.create_model(name, features_only=True)
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                for values in (layer.running_mean, layer.running_var, layer.weight.data, layer.bias.data):
+                    values.uniform_(0.5, 2)
+        theirs = timm.layers.freeze_batch_norm_2d(deepcopy(network)).train()
+        ours = with_frozen_batch_norm(network).train()
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        image = torch.rand(2, 3, 64, 96)
+        for one, other in zip(ours(image), theirs(image), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_slow_convolutions_of_bf16_learn_in_float32(monkeypatch):
+    """A CPU takes 4 to 6 times as long for the weights' gradient of depthwise convolutions of 5 x 5 or stride 2."""
+    computed = {}
+    for layer in (network := deepcopy(UNet(encoder="test_efficientnet"))).modules():  # a copy has its own weights
+        if isinstance(layer, nn.Conv2d):
+            kind = "slow" if layer.groups > 1 and (layer.kernel_size[0] > 3 or layer.stride[0] > 1) else "fast"
+            compute = layer._conv_forward
+
+            def watched(x, weight, bias, kind=kind, compute=compute):
+                y = compute(x, weight, bias)
+                computed.setdefault(kind, set()).add(y.dtype)
+                return y
+
+            layer._conv_forward = watched
+    for when in (nullcontext, torch.no_grad):
+        with when(), torch.autocast("cpu", torch.bfloat16):
+            logits = network(torch.rand(1, 3, 64, 64))
+        assert logits.dtype == torch.bfloat16
+        assert computed.pop("slow") == {torch.float32 if when is nullcontext else torch.bfloat16}
+        assert computed.pop("fast") == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", STAND_INS)
@@ -153,6 +205,24 @@ def test_another_encoder_does_not_continue(pretrained, run_train):
         run_train(*flags("test_convnext"), "--num-epochs", "2", "--load-model")
 
 
+def test_checkpoints_of_format_6_keep_their_decoder_of_full_size(pretrained, run_train, monkeypatch):
+    """They predict, continue, and give their weights to new runs."""
+    with monkeypatch.context() as older:
+        older.setattr(train.Beginning, "network", {"full_size_decoder": True})
+        run_train(*flags("test_resnet"), "--num-epochs", "1")
+    for name in ("my_checkpoint.pth.tar", "my_checkpoint_best.pth.tar"):
+        checkpoint = torch.load(name)
+        del checkpoint["model"]["full_size_decoder"]
+        torch.save(checkpoint | {"format": 6}, name)
+    assert checkpoint["state_dict"]["head.weight"].shape[0] == 1
+    assert predict.load_model("my_checkpoint_best.pth.tar").network.block == 1
+    run_train(*flags("test_resnet"), "--num-epochs", "2", "--load-model")
+    assert utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["model"]["full_size_decoder"]
+    run_train(*SIZE, "--num-epochs", "1", "--start-from", "my_checkpoint_best.pth.tar", "--checkpoint", "new.pth.tar")
+    assert predict.load_model("new_best.pth.tar").network.block == 1
+    assert rows()[-1]["epoch"] == "1"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Prediction
 
@@ -208,7 +278,8 @@ def test_a_network_that_takes_images_of_64_x_96_but_not_of_the_runs_size(project
     model = UNet(encoder="mvitv2_tiny")
     preprocessing = {"height": 64, "width": 96, "mean": (0.5,) * 3, "std": (0.2,) * 3}
     utils.save_checkpoint(
-        {"model": model.config, "preprocessing": preprocessing, "state_dict": model.state_dict()}, Path("best.pth.tar")
+        {"format": FORMAT, "model": model.config, "preprocessing": preprocessing, "state_dict": model.state_dict()},
+        Path("best.pth.tar"),
     )
     with pytest.raises(UserError) as caught:
         predict.main(["data/val_images", "--checkpoint", "best.pth.tar", "--size", "160", "240"])

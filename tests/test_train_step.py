@@ -12,6 +12,7 @@ import train
 import utils
 from dataset import Batches
 from machinery import muon
+from machinery.checkpoints import Beginning
 from machinery.device import Device
 from machinery.errors import UserError
 from machinery.settings import parse_settings
@@ -22,7 +23,7 @@ CPU = Device(torch.device("cpu"), torch.float32)
 
 def state_and_settings(*flags: str, rate: float = 1e-3) -> tuple[train.State, object]:
     s = parse_settings(vars(train), [*SMALL, *flags])
-    state = train.new_state(s, CPU, foreground=0.2, photos=64)
+    state = train.new_state(s, CPU, foreground=0.2, photos=64, beginning=Beginning())
     for group in state.optimizer.param_groups:
         group["lr"] *= rate / s.learning_rate
     return state, s

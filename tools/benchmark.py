@@ -42,7 +42,7 @@ import train
 import utils
 from dataset import CarvanaDataset
 from machinery import processes, samples
-from machinery.checkpoints import settle
+from machinery.checkpoints import Beginning, settle
 from machinery.device import Device, choose_device, choose_num_workers
 from machinery.errors import UserError, run
 from machinery.files import find_pairs, written_whole
@@ -226,7 +226,7 @@ def measure_step(name: str, s: SimpleNamespace) -> dict[str, float]:
     else:
         if name in PEERS or s.compile == "auto":  # as in a long run
             s.compile = "no" if name in PEERS or device.type != "cuda" else "yes"
-        state = train.new_state(s, chosen, foreground=0.2, photos=s.batch_size)
+        state = train.new_state(s, chosen, foreground=0.2, photos=s.batch_size, beginning=Beginning())
         if name in PEERS:
             state.model = state.forward = PEERS[name]().to(device, memory_format=chosen.memory_format)
             state.optimizer = torch.optim.AdamW(state.model.parameters(), fused=True)
