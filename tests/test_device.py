@@ -91,7 +91,7 @@ def test_fp32_is_not_tf32(gpus, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     for precision, is_allowed in ((torch.float32, False), (torch.bfloat16, True)):
         device.tune(device.Device(CUDA, precision))
-        assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if is_allowed else "ieee")
+        assert torch.backends.cudnn.allow_tf32 == is_allowed
 
 
 def test_a_gpu_without_kernels_leaves_the_work_to_the_cpu_and_says_why(gpus, monkeypatch, capsys):
