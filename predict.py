@@ -226,7 +226,7 @@ def load_model(
         trained = utils.load_checkpoint(Path(checkpoint))
         normalisation = {name: trained["preprocessing"][name] for name in ("mean", "std")}
         chosen = choose_device(device, precision, **normalisation)
-        torch.backends.cudnn.conv.fp32_precision = "ieee" if chosen.precision == torch.float32 else "tf32"
+        torch.backends.cudnn.allow_tf32 = chosen.precision != torch.float32
         return Predictor(trained, chosen)
 
     if not checkpoint:

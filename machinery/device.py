@@ -133,7 +133,7 @@ def tune(device: Device) -> None:
     """Make the device current, and switch on what makes training on it faster, for the whole process."""
     if device.device.type == "cuda":
         torch.cuda.set_device(device.device)
-        torch.backends.cudnn.conv.fp32_precision = "ieee" if device.precision == torch.float32 else "tf32"
+        torch.backends.cudnn.allow_tf32 = device.precision != torch.float32
         torch.backends.cudnn.benchmark = True  # tries convolution algorithms: most batches have one shape
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc gives large tensors back to the system, and every step would fault all their pages in again: 8 % slower

@@ -6,7 +6,7 @@ epochs on Carvana's thumbnails (32 x 48) Dice was 0.969; AdamW, at the best of i
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -79,16 +79,15 @@ def float32_products(device_type: str) -> Iterator[None]:
     eigenvalues, on which newton_schulz diverges: Dice after the quick start was 0.944 instead of 0.981. Rounded to
     TF32, as "high" allows a GPU, singular values reach 1.8 instead of 1.2. The products are 2 % of a step's FLOPs.
     """
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with torch.autocast(device_type, enabled=False), ExitStack() as restore:
+        if hasattr(torch.backends.mkldnn, "matmul"):
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                restore.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = "ieee"
+        else:  # before torch 2.9
+            restore.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_decay: float) -> None:

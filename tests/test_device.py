@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 
 import train
 import utils
@@ -92,7 +93,7 @@ def test_fp32_is_not_tf32(gpus, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     for precision, is_allowed in ((torch.float32, False), (torch.bfloat16, True)):
         device.tune(device.Device(CUDA, precision))
-        assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if is_allowed else "ieee")
+        assert torch.backends.cudnn.allow_tf32 == is_allowed
 
 
 def test_a_gpu_without_kernels_leaves_the_work_to_the_cpu_and_says_why(gpus, monkeypatch, capsys):
@@ -168,6 +169,8 @@ def test_only_long_runs_on_cuda_are_compiled(monkeypatch):
 @pytest.fixture
 def on_cuda(gpus, monkeypatch):
     """A network with its optimizer on a simulated GPU, settings, a batch, and the devices that were waited for."""
+    if torch.__version__ < TorchVersion("2.11"):
+        pytest.skip("its fake tensors on CUDA ask for a driver")
     s = parse_settings(vars(train), [*SMALL, "--clip-norm", "1", "--accumulation", "2", "--compile", "no"])
     items = []
     with FakeTensorMode():

@@ -60,10 +60,8 @@ class Exported(nn.Module):
 def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
     """Return the contents of an ONNX file, whose batch is dynamic, for a network in fp32 on the CPU."""
     images = torch.zeros(2, *model.window, 3, dtype=torch.uint8)  # of one image torch would make a constant
-    conv = torch.backends.cudnn.conv  # torch's exporter fails where its precision is not the default, on a CPU, too
-    precision, conv.fp32_precision = conv.fp32_precision, "tf32"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.backends.cudnn.flags(allow_tf32=True):  # else torch's exporter fails
             warnings.simplefilter("ignore")  # torch's, of its own deprecated parts
             program = torch.onnx.export(
                 Exported(model).eval(),
@@ -76,8 +74,6 @@ def to_onnx(model: Predictor, metadata: dict[str, object]) -> bytes:
             )
     except ImportError as error:  # of a part of onnxscript that is as new as torch
         raise UserError(f"onnxscript is too old for this torch ({error}): pip install --upgrade onnxscript") from error
-    finally:
-        conv.fp32_precision = precision
     program.model.metadata_props.update({name: str(value) for name, value in metadata.items()})
     return program.model_proto.SerializeToString()
 

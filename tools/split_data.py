@@ -16,7 +16,6 @@ Files gather in data/.split first, and move to their places when every pair is t
 stopped anywhere is simply run again; originals are deleted (--move) last of all, each only beside its equal copy.
 """
 
-import errno
 import filecmp
 import json
 import os
@@ -149,13 +148,16 @@ def extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
 
 
 def link(file: Path, target: Path) -> None:
-    """Make a hard link. Raises UserError where the disk has none, or is another one."""
+    """Make a hard link, or a symbolic one where the disk has none or is another. Raises UserError without either."""
     try:
         os.link(file, target)
-    except OSError as error:
-        reason = "it is on another disk" if error.errno == errno.EXDEV else reason_of(error)
-        advice = "leave out --link, which copies, or choose a --data-dir on its disk"
-        raise UserError(f"{file} cannot be linked into {target.parents[2]} ({reason}): {advice}") from error
+    except OSError:
+        try:
+            target.symlink_to(file.resolve())
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be linked into {target.parents[2]} ({reason_of(error)}): leave out --link, which copies"
+            ) from error
 
 
 def masks_among(files: list[Source], suffix: str) -> list[Source]:
@@ -546,7 +548,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--unite", action="store_true", help="several masks of a photo (x_mask, x_mask_1) become one")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--move", dest="how", action="store_const", const="move", help="delete the originals in folders")
-    how.add_argument("--link", dest="how", action="store_const", const="link", help="hard-link them: takes no space")
+    how.add_argument(
+        "--link",
+        dest="how",
+        action="store_const",
+        const="link",
+        help="hard-link them, or symbolically from another disk: takes no space",
+    )
     args = parser.parse_args(argv)
     if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed is {args.seed}: choose a whole number, at least 0")
