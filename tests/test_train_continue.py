@@ -273,7 +273,8 @@ def test_an_optimizers_state_of_other_sizes_is_refused(make):
     checkpoints.restore(optimizer, type(optimizer).__name__, state)
     assert torch.equal(weight, before)
     values, restored = state["state"][0], optimizer.state_dict()["state"][0]
-    assert values and all(torch.equal(torch.as_tensor(restored[name]), torch.as_tensor(values[name])) for name in values)
+    assert restored.keys() == values.keys() != set()
+    assert all(torch.equal(torch.as_tensor(restored[name]), torch.as_tensor(values[name])) for name in values)
     values |= {name: value.repeat(2, 1, 1, 1) for name, value in values.items() if getattr(value, "ndim", 0) == 4}
     with pytest.raises(UserError, match=r"the checkpoint is of another optimizer \(.+\): use that one"):
         checkpoints.restore(optimizer, type(optimizer).__name__, state)
