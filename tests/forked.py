@@ -1,4 +1,4 @@
-"""Processes that start at once: a server forks them, which has imported all that takes 5 to 10 s."""
+"""Processes that start at once: a server forks them, which has imported all that takes 5 to 10 s (conftest.py)."""
 
 import ctypes
 import multiprocessing
@@ -19,7 +19,6 @@ from machinery import errors, processes, report
 
 ROOT = Path(train.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["forked", "torch._dynamo", "torchvision", "timm"])  # a run imports the last three
 
 
 class Forked(CONTEXT.Process):
