@@ -242,20 +242,8 @@ def check_accuracy(
     model.train(was_training)
 
     tp, fp, fn, tn = torch.cat(counts).cpu().double().T
-    warn_of_one_class(tp, fp, fn, tn, is_of_crops=show_size is not None)
     scores = {"val_loss": torch.cat(losses).cpu().double()} | image_scores(tp, fp, fn, tn)
     return {name: score.mean().item() for name, score in scores.items()}, scores["dice"].tolist()
-
-
-def warn_of_one_class(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor, is_of_crops: bool) -> None:
-    """Print a line where a network predicts the same for every pixel; `is_of_crops` if it is trained on them."""
-    predicted, foreground = ((part / (tp + fp + fn + tn)).nanmean().item() for part in (tp + fp, tp + fn))
-    if predicted in (0, 1):
-        print(
-            f"WARNING: it predicts {('background', 'foreground')[int(predicted)]} for every pixel, and "
-            f"{100 * foreground:.1f} % of the validation masks are foreground: raise NUM_EPOCHS"
-            + ("" if is_of_crops else "; objects of a few pixels need crops (docs/crops.md)")
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

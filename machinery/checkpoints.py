@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,10 +269,19 @@ def restore(optimizer: torch.optim.Optimizer, name: str, state: dict) -> None:
         if name != (now := type(optimizer).__name__):
             raise ValueError(f"{name}, not {now}")
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _try_a_step(deepcopy(optimizer))  # loading compares no sizes
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"the checkpoint is of another optimizer ({error}): use that one, or train anew") from error
     for group, options in zip(optimizer.param_groups, todays, strict=True):
         group |= options | {name: group[name] for name in ("params", "lr")}  # today's LEARNING_RATE and so on
+
+
+def _try_a_step(optimizer: torch.optim.Optimizer) -> None:
+    """Take a step with gradients of 0. Raises errors of many kinds where the state does not fit the weights."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
 
 
 class CheckpointWriter:
@@ -441,7 +451,7 @@ def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], re
     length = "minutes" if s.minutes else "num_epochs"
     has_ended = before["minutes"] == s.minutes and checkpoint["epoch"] >= before["num_epochs"]
     if has_ended if s.minutes else checkpoint["epoch"] >= s.num_epochs:
-        had = f"had its {s.minutes:g} minutes" if s.minutes else counted(checkpoint["epoch"], "epoch")
+        had = f"had its {counted(s.minutes, 'minute')}" if s.minutes else counted(checkpoint["epoch"], "epoch")
         print(f"{path} has {had} already: a larger {length.upper()} continues it.")
     free = ("batch_size", "accumulation", length, "learning_rate", "weight_decay", "dice_weight", "clip_norm")
     for name in (*free, "seed", "device", "precision", "num_workers"):

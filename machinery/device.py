@@ -204,9 +204,19 @@ def rehearse(forward: Callable, model: nn.Module, shape: tuple, device: Device) 
 
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turn errors for lack of memory into a UserError that ends with `advice`, and those of lost workers likewise."""
+    """Turn errors for lack of memory into a UserError that ends with `advice`.
+
+    So it does with those of lost workers, and of BatchNorm that has a single value to normalise.
+    """
     try:
         yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "BATCH_SIZE gives this network one image at a time, of which its BatchNorm cannot learn: raise BATCH_SIZE, "
+            "which ACCUMULATION and the processes divide"
+        ) from error
     except (RuntimeError, MemoryError, cv2.error) as error:
         cause = f"{error} {error.__context__}"  # PyTorch raises its own error of a lost worker within another
         if "shared memory" in cause or "Bus error" in cause:  # a container has 64 MB of it

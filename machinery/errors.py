@@ -49,9 +49,9 @@ threading.excepthook = one_line
 # Words
 
 
-def counted(number: int, noun: str) -> str:
-    """Return "1 photo" or "2 photos"."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+def counted(number: float, noun: str) -> str:
+    """Return "1 photo", "2 photos" or "0.5 minutes"."""
+    return f"{number:.15g} {noun}{'s' * (number != 1)}"
 
 
 OWN_WORDS = {  # of libraries, whose sentences are for programmers -> ours

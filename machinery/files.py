@@ -270,9 +270,13 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, start: str = "") -> None:
-    """Remove what killed runs have left of files whose names begin with `start`. Nobody may be writing them now."""
-    for path in folder.glob("*.tmp"):
-        if re.fullmatch(rf"\.{re.escape(start[:40])}.*\.[0-9a-f]{{16}}\.tmp", path.name):
+    """Remove what killed runs have left of files whose names begin with `start`.
+
+    Nobody may be writing them now, unless their locks are held.
+    """
+    for path in folder.glob("*.tmp*"):
+        is_ours = re.fullmatch(rf"\.+{re.escape(start[:40])}.*\.[0-9a-f]{{16}}\.tmp(\.lock)?", path.name)
+        if is_ours and not is_locked(path if path.suffix == ".lock" else lock_of(path)):
             path.unlink(missing_ok=True)
 
 

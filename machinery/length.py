@@ -152,14 +152,15 @@ class Length:
         epoch_steps = math.ceil(self.photos / self.batch_size)
         last = self.total - (self.num_epochs - 1) * self.photos
         steps = (self.num_epochs - 1) * epoch_steps + math.ceil(last / self.batch_size)
+        verb = "is" if (self.s.minutes or self.num_epochs) == 1 else "are"
         if self.s.minutes:
             seconds = self.state.seconds + self.seconds_for(ENOUGH * self.batch_size)
             enough = f"--minutes {math.ceil(seconds / 58)} takes {ENOUGH}"
-            said = f"{self.s.minutes:g} minutes are {self.total / self.photos:.4g} epochs, {counted(steps, 'step')}"
+            said = f"{counted(self.s.minutes, 'minute')} {verb} {self.total / self.photos:.4g} epochs"
+            said += f", {counted(steps, 'step')}"
         else:
             epochs = 10 * math.ceil(ENOUGH / 10 / epoch_steps)
             enough = f"--num-epochs {epochs} takes {epochs * epoch_steps}"
-            verb = "is" if self.num_epochs == 1 else "are"
             said = f"{counted(self.num_epochs, 'epoch')} {verb} {counted(steps, 'step')}"
         photos = counted(self.photos, "crop" if self.s.crop else "photo")
         return f"{photos}: {said}" + (f", which is few: {enough}." if steps < FEW else ".")

@@ -23,7 +23,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, PngImagePlugi
 
 from machinery.decoding import bands, read_image, read_opacity, resize
 from machinery.errors import UserError, reason_of
-from machinery.files import check_writable, saving, write_errors
+from machinery.files import check_writable, lock_of, locked, remove_leftovers, saving, write_errors
 from machinery.objects import COLUMNS, Objects, remove_specks
 from machinery.shapes import outlines
 
@@ -273,12 +273,16 @@ def stamp_of(photo: Path) -> list[int] | None:
 class Found:
     """The objects that this process has found, a line of JSON for each photo, on the disk: memory may be too small.
 
-    The file lies beside `path` until write_found has read it, and is removed after an error.
+    The file lies beside `path` until write_found has read it, and is removed after an error. The next run removes those
+    of killed ones, whose locks nobody holds.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        remove_leftovers(path.parent, path.name)
         self.part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
+        self.lock = locked(lock_of(self.part), str(self.part))
+        self.lock.__enter__()  # as long as this object lives
         with write_errors(path):
             self.file = self.part.open("x", encoding="utf-8")
 
@@ -289,7 +293,7 @@ class Found:
         with suppress(OSError):  # of a full disk, which add has named
             self.file.close()
         if kind:
-            self.part.unlink(missing_ok=True)
+            remove_found(self.part)
 
     def add(self, content: dict) -> None:
         """Add a "photo" of the "size" (height, width), with its objects as "rows" and as COCO's "annotations".
@@ -317,7 +321,14 @@ def write_found(parts: list[Path], photos: list[Path], table: Path | None, coco:
             write_coco(coco, found, numbers, label)
     finally:
         for part in parts:
-            part.unlink(missing_ok=True)
+            remove_found(part)
+
+
+def remove_found(part: Path) -> None:
+    """Remove the file of a Found, and its lock."""
+    part.unlink(missing_ok=True)
+    with suppress(OSError):  # on Windows one that is held cannot be deleted
+        lock_of(part).unlink()
 
 
 def write_objects(path: Path, found: Iterable[dict]) -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from machinery.errors import Lost, Stopped
+from machinery.errors import Lost, Stopped, counted
 
 # torchrun's names: this process and how many there are, the same on its machine, and how often torchrun restarted it.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -71,8 +71,9 @@ def process_group(minutes: float = TIMEOUT_MINUTES) -> Iterator[None]:
             if not is_about_others or is_out_of_memory(error):
                 raise
             raise Lost(
-                f"process {RANK} has lost another one, which has ended or was silent for {minutes:g} minutes: see what "
-                f"that one says, and start again (training with --load-model) ({str(error).splitlines()[0]})"
+                f"process {RANK} has lost another one, which has ended or was silent for {counted(minutes, 'minute')}: "
+                "see what that one says, and start again (training with --load-model) "
+                f"({str(error).splitlines()[0]})"
             ) from error
 
 

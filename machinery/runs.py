@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -43,6 +44,23 @@ def doubt(images: list[Path], dice: list[float]) -> str | None:
     return f"Validation {noun}s are few, {count}: the mean Dice of many is between {low:.3f} and {high:.3f} (95 %)."
 
 
+FEW_PIXELS = 100  # of foreground at training size, such as 10 x 10
+
+
+def one_class(dice: list[float], foreground: np.ndarray) -> str | None:
+    """Say that a network does not tell foreground from background, which its Dice shows; None where it does.
+
+    Args:
+        dice, foreground: of each validation photo; the latter is the share of its pixels.
+    """
+    share = f"{100 * foreground.mean():.1f} % of the validation masks"
+    if foreground.any() and np.array_equal(dice, foreground == 0):
+        return f"it finds no foreground, which {share} are"
+    if np.allclose(dice, 2 * foreground / (1 + foreground), rtol=1e-6, atol=0):
+        return f"it predicts foreground for every pixel, which {share} are"
+    return None
+
+
 class Run:
     """What surrounds the training of a state.
 
@@ -64,6 +82,7 @@ class Run:
     ) -> None:
         self.state, self.loader, self.val_loader, self.writer, self.s = state, loader, val_loader, writer, s
         self.report = report if processes.RANK == 0 else None
+        self.has_warned = False  # of a network that does not tell the classes apart
         self.photos, self.batch_size = len(loader.dataset), loader.batch_sampler.size
         self.length = Length(state, self.photos, val_loader.batch_sampler.length, s)
 
@@ -194,6 +213,18 @@ class Run:
         self.writer.save(state, is_best)
 
         self._print_row(row, is_best)
+        if self.is_done or (self.progress >= 0.5 and not self.has_warned):
+            self._warn_of_one_class(photo_dice)
+
+    def _warn_of_one_class(self, photo_dice: list[float]) -> None:
+        """Print a line where the network does not tell the classes apart, which means nothing at first."""
+        foreground = self.val_loader.dataset.infos["foreground"]
+        if said := one_class(photo_dice, foreground):
+            self.has_warned = True
+            pixels = np.median(foreground[foreground > 0]) * self.s.image_height * self.s.image_width
+            crops = "; objects of a few pixels need crops (docs/crops.md)" if pixels < FEW_PIXELS else ""
+            length = "MINUTES" if self.s.minutes else "NUM_EPOCHS"
+            print(f"WARNING: {said}: raise {length}{'' if self.s.crop else crops}")
 
     def print_names(self, scores: Iterable[str]) -> None:
         """Print the names of the columns in which end_epoch prints, of which these are check_accuracy's scores."""

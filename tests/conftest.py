@@ -1,4 +1,5 @@
 import csv
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,8 @@ from machinery.sample_data import draw_dataset
 from model import UNet
 
 PREPROCESSING = {"height": 32, "width": 48, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+# Before the first test starts the server, such as one with workers: it imports these once, for all whom it forks.
+multiprocessing.set_forkserver_preload(["forked", "torch._dynamo", "torchvision", "timm"])  # a run imports the last 3
 SMALL = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", "0"]
 
 

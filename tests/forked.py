@@ -1,5 +1,6 @@
-"""Processes that start at once: a server forks them, which has imported all that takes 5 to 10 s."""
+"""Processes that start at once: a server forks them, which has imported all that takes 5 to 10 s (conftest.py)."""
 
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -11,13 +12,13 @@ import time
 from pathlib import Path
 
 from conftest import SMALL, draw_no_curves
+from torch.distributed import TCPStore
 
 import train
 from machinery import errors, processes, report
 
 ROOT = Path(train.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["forked", "torch._dynamo", "torchvision", "timm"])  # a run imports the last three
 
 
 class Forked(CONTEXT.Process):
@@ -29,7 +30,7 @@ class Forked(CONTEXT.Process):
     def __init__(self, *flags: str, largest_file: int = resource.RLIM_INFINITY, rank: int | str = "") -> None:
         super().__init__()
         self.flags, self.largest_file = flags, largest_file
-        self.printed = Path(f"out{rank}.txt"), Path(f"err{rank}.txt")
+        self.printed = Path(f"out{rank}.txt").absolute(), Path(f"err{rank}.txt").absolute()
         for path in self.printed:
             path.write_text("")
         self.start()
@@ -67,15 +68,23 @@ class Training(Forked):
 
 
 class Script(Forked):
-    """What `python script flags` does, with more variables in its environment."""
+    """What `python script flags` does, with more variables in its environment, in a network namespace of that name."""
 
     def __init__(
-        self, script: Path, *flags: str, environment: dict[str, object] | None = None, rank: int | str = ""
+        self,
+        script: Path,
+        *flags: str,
+        environment: dict[str, object] | None = None,
+        namespace: str = "",
+        rank: int | str = "",
     ) -> None:
-        self.script, self.environment = str(script), environment or {}
+        self.script, self.environment, self.namespace = str(script), environment or {}, namespace
         super().__init__(*flags, rank=rank)
 
     def main(self) -> None:
+        if self.namespace:
+            with Path("/var/run/netns", self.namespace).open() as file:  # as `ip netns exec` does
+                assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
         os.environ |= {name: str(value) for name, value in self.environment.items()}
         for name, module in list(sys.modules.items()):  # the project's modules look at it when they are imported
             folders = Path(getattr(module, "__file__", None) or "").parents
@@ -85,12 +94,19 @@ class Script(Forked):
         runpy.run_path(self.script, run_name="__main__")
 
 
-def start_processes(count: int, script: Path, *flags: str) -> list[Script]:
-    """Start the processes that torchrun would start on this machine, without it."""
+def start_processes(
+    count: int, script: Path, *flags: str, store: TCPStore | None = None, start: int = 0
+) -> list[Script]:
+    """Start the processes that torchrun would start on this machine, without it.
+
+    They use its `store`, if there is one, and this is their `start`, from 0: torchrun starts them again if one dies.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    if store:
+        shared |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": start}
     return [
         Script(script, *flags, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}, rank=rank)
         for rank in range(count)

@@ -138,13 +138,16 @@ def test_a_corrected_mask_of_the_same_size_and_date_is_read_again(drawn, tmp_pat
     np.testing.assert_array_equal(after.sample(4)[1], before.sample(4)[1])
 
 
-def test_a_hard_link_is_no_change(drawn, tmp_path, monkeypatch):
+def test_a_hard_link_is_no_change_and_decodes_nothing_again(drawn, tmp_path, monkeypatch):
     """As split_data --link makes them of every file."""
     folders = tmp_path / "images", tmp_path / "masks"
     for kind, folder in zip(("images", "masks"), folders, strict=True):
         shutil.copytree(drawn / f"train_{kind}", folder)
+    decoded, read_sample = [], samples_room.read_sample
+    monkeypatch.setattr(samples_room, "read_sample", lambda *args: decoded.append(args[0]) or read_sample(*args))
     CarvanaDataset(*folders, (32, 48)).prepare(tmp_path / "cache")
+    assert sorted(decoded) == sorted(folders[0].iterdir())
     for path in (*folders[0].iterdir(), *folders[1].iterdir()):
         os.link(path, tmp_path / path.name)
-    monkeypatch.setattr(samples_room, "read_sample", lambda *_: pytest.fail("decoded again"))
     CarvanaDataset(*folders, (32, 48)).prepare(tmp_path / "cache")
+    assert len(decoded) == len(list(folders[0].iterdir()))

@@ -184,6 +184,13 @@ def drop(page: "sync_api.Page", path: Path) -> list[str]:
     return changed(page, before)
 
 
+def says(page: "sync_api.Page", sentence: str, exact: bool = False) -> bool:
+    """Whether the page shows a sentence, for which this waits."""
+    place = page.get_by_text(sentence, exact=exact)
+    place.wait_for()
+    return place.is_visible()
+
+
 def download(page: "sync_api.Page", to: Path) -> Image.Image:
     with page.expect_download() as download:
         page.get_by_role("button", name="Download PNG").click()
@@ -236,10 +243,10 @@ def test_a_broken_file_gives_a_sentence_and_the_next_photo_works(page, server, t
     broken.write_bytes(b"\xff\xd8\xff no photo")
     page.locator("#photo input[type=file]").set_input_files(broken)
     sentence = "broken.jpg is no readable image (it is cut off): replace it, or move it away"
-    page.get_by_text(sentence, exact=True).wait_for()
+    assert says(page, sentence, exact=True) and shown(page) == []
     page.get_by_role("button", name="Download PNG").click()
-    page.get_by_text("there is no photo yet: drop one first").wait_for()
-    drop(page, sorted((server.folder / "data/val_images").iterdir())[0])
+    assert says(page, "there is no photo yet: drop one first")
+    assert len(drop(page, sorted((server.folder / "data/val_images").iterdir())[0])) == 2  # it and its cut-out
 
 
 def test_large_turned_and_transparent_photos_are_shown_small_and_downloaded_whole(page, server, tmp_path):
@@ -265,7 +272,7 @@ def test_examples_the_clipboard_and_the_camera_are_photos_too(page):
     fit = thumbnail.locator("img").evaluate("image => getComputedStyle(image).objectFit")
     assert fit == "contain"  # portraits keep their heads
     thumbnail.click()
-    before = changed(page, before)
+    example = changed(page, before)
     take_away(page)
     page.evaluate(
         """async () => {
@@ -275,13 +282,15 @@ def test_examples_the_clipboard_and_the_camera_are_photos_too(page):
         }"""
     )
     page.get_by_label("Paste from clipboard").click()
-    before = changed(page, before)
+    pasted = changed(page, example)
+    assert sizes(page) == {(60, 40)}
     take_away(page)
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
     page.wait_for_function("[...document.querySelectorAll('#photo video')].some(video => video.videoWidth)")
     page.locator("[title='capture photo'], [aria-label='capture photo']").first.click()
-    changed(page, before)
+    captured = changed(page, pasted)
+    assert len({*before, *example, *pasted, *captured}) == 6  # three photos, and their cut-outs
 
 
 def test_it_does_not_scroll_sideways(page, server):

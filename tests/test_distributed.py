@@ -50,7 +50,7 @@ def test_the_group_is_destroyed_after_success_only(group):
 def test_only_lost_processes_are_called_lost(group, error, is_lost):
     with pytest.raises(errors.Lost if is_lost else type(error)) as raised, processes.process_group(1):
         raise error
-    assert is_lost == ("has lost another one" in str(raised.value))
+    assert is_lost == ("has lost another one, which has ended or was silent for 1 minute:" in str(raised.value))
 
 
 def test_an_error_in_a_group_ends_the_process_at_once():

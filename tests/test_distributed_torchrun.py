@@ -6,15 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, leave_photos, rows, same
-from forked import start_processes
+from forked import Script, start_processes
+from torch.distributed import TCPStore
 
 import train
 
@@ -22,37 +23,10 @@ TRAIN, PLAIN = Path(train.__file__), Path(__file__).with_name("train_plainly.py"
 CHECKPOINT = Path("my_checkpoint.pth.tar")
 
 
-def torchrun(*flags: str, processes: int = 2, script: Path = TRAIN, **options) -> subprocess.Popen:
-    """Starts so many processes on this machine; `flags` are the script's, a dictionary in options torchrun's."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    launcher += [f"--{name}={value}" for name, value in options.items()]
-    return subprocess.Popen(
-        [*launcher, script, *SMALL, "--precision", "fp32", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-
-
-def done(process: subprocess.Popen, status: int = 0) -> str:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == status, out + err
-    return out + err
-
-
-def wait_for(text: str, process: subprocess.Popen, stream: str = "stdout") -> None:
-    seen = []
-    while text not in (line := getattr(process, stream).readline()):
-        seen.append(line)
-        assert line, "".join([f"no {text!r}\n", *seen, *process.communicate(timeout=60)])
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def wait_for_checkpoint(process: subprocess.Popen) -> None:
+def wait_for_checkpoint(is_alive: Callable[[], bool]) -> None:
     while not CHECKPOINT.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+        assert is_alive()
+        time.sleep(0.02)
 
 
 def weights(path: Path | str = CHECKPOINT) -> dict[str, torch.Tensor]:
@@ -97,10 +71,13 @@ def test_another_number_of_processes_goes_on_at_the_same_image(project):
     flags = ["--num-epochs", "2", "--checkpoint-minutes", "0", "--weight-decay", "0"]
     alone(*flags, "--checkpoint", "alone.pth.tar")
     wanted = printed()
-    process = torchrun(*flags, script=PLAIN)
-    wait_for_checkpoint(process)
-    process.send_signal(signal.SIGTERM)
-    out = done(process, 1)  # torchrun's own status
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", PLAIN, *SMALL]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    torchrun = subprocess.Popen([*command, "--precision", "fp32", *flags], **options)
+    wait_for_checkpoint(lambda: torchrun.poll() is None)
+    torchrun.terminate()
+    out, _ = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 1  # its own status
     images = int(re.search(r"Stopped by SIGTERM after \d epochs? and (\d+) images?", out)[1])
     assert images % 4 == 0
     assert 'train.py", line' not in out and 'utils.py", line' not in out
@@ -113,10 +90,16 @@ def test_a_killed_process_is_started_again_and_the_weights_are_the_same(project)
     leave_photos(32, 8)
     flags = ["--num-epochs", "3", "--checkpoint-minutes", "0"]
     without_torchrun(2, TRAIN, *flags, "--checkpoint", "whole.pth.tar")
-    process = torchrun(*flags, max_restarts=3)
-    wait_for("  best", process)
-    os.kill(children(process)[-1], signal.SIGKILL)
-    assert "Continuing after" in done(process)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's own
+    killed = start_processes(2, TRAIN, *SMALL, "--precision", "fp32", *flags, store=store)
+    killed[0].wait_for("  best")
+    killed[1].kill()
+    assert killed[1].status() == -signal.SIGKILL
+    killed[0].wait_for("has lost another one")
+    killed[0].kill()  # as torchrun does
+    again = start_processes(2, TRAIN, *SMALL, "--precision", "fp32", *flags, store=store, start=1)
+    assert [process.status(120) for process in again] == [0, 0], again[0].output()
+    assert "Continuing after" in again[0].output()
     assert same(weights("whole.pth.tar"), weights())
     assert len(rows()) == 3
 
@@ -132,7 +115,11 @@ def test_a_killed_process_is_started_again_and_the_weights_are_the_same(project)
     ],
 )
 def test_a_mistake_is_named_once(project, flags, message):
-    out = done(torchrun(*flags), 1)
+    first, other = start_processes(2, TRAIN, *SMALL, *flags)
+    assert first.status() == 1
+    other.terminate()  # as torchrun does when one has ended
+    other.join()
+    out = first.output() + other.output()
     assert out.count("error: ") == out.count(message) == 1
 
 
@@ -177,19 +164,16 @@ def end_machines() -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def start_machine(folder: Path, number: int, *flags: str) -> subprocess.Popen:
-    command = ["ip", "netns", "exec", SPACES[number], sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-    command += [
-        "--nproc_per_node=1",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=10.77.0.1:29400",
-        f"--rdzv-conf=is_host={1 - number}",
-    ]
-    command += [f"--local-addr=10.77.0.{number + 1}", TRAIN, *SMALL, "--precision", "fp32", *flags]
-    return subprocess.Popen(
-        command, cwd=folder / str(number), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"GLOO_SOCKET_IFNAME": f"wire{number}", "PYTHONUNBUFFERED": "1", "TIMEOUT_MINUTES": "0.2"},
-    )  # fmt: skip
+def start_machines(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[Script]:
+    """Start a process on each machine, in its folder, as a torchrun on each would; this one is then in the first's."""
+    started = []
+    for rank in (1, 0):
+        monkeypatch.chdir(folder / str(rank))
+        environment = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": 29400, "GLOO_SOCKET_IFNAME": f"wire{rank}"}
+        environment |= {"RANK": rank, "WORLD_SIZE": 2, "TIMEOUT_MINUTES": 0.2}
+        options = {"environment": environment, "namespace": SPACES[rank], "rank": rank}
+        started.append(Script(TRAIN, *SMALL, "--precision", "fp32", *flags, **options))
+    return started[::-1]
 
 
 @pytest.mark.skipif(not shutil.which("ip"), reason="needs the command ip: apt-get install iproute2")
@@ -200,28 +184,19 @@ def test_two_machines_learn_what_one_learns_and_a_cut_wire_loses_nothing(two_mac
     wanted = weights()
 
     flags = ["--num-epochs", "3", "--checkpoint-minutes", "0"]
-    machines = [start_machine(two_machines, number, *flags) for number in (0, 1)]
-    monkeypatch.chdir(two_machines / "0")
-    wait_for_checkpoint(machines[0])
-    workers = children(machines[1])
-    for pid in workers:
-        os.kill(pid, signal.SIGSTOP)  # neither gets to the end of the run before the wire is cut
+    machines = start_machines(two_machines, monkeypatch, *flags)
+    wait_for_checkpoint(machines[0].is_alive)
+    os.kill(machines[1].pid, signal.SIGSTOP)  # neither gets to the end of the run before the wire is cut
     subprocess.run(["ip", "-n", SPACES[1], "link", "set", "wire1", "down"], check=True)
-    for pid in workers:
-        os.kill(pid, signal.SIGCONT)
-    at_last = threading.Timer(120, end_machines)  # a process that hangs fails the test
-    at_last.start()
-    try:
-        for machine in machines:
-            wait_for("has lost another one", machine, "stderr")
-            machine.kill()  # torchrun waits for minutes to find out for itself
-            machine.wait()
-    finally:
-        at_last.cancel()
+    os.kill(machines[1].pid, signal.SIGCONT)
+    for machine in machines:
+        machine.wait_for("has lost another one")
+        machine.kill()  # it would wait for what the other says
+        machine.join()
     subprocess.run(["ip", "-n", SPACES[1], "link", "set", "wire1", "up"], check=True)
 
-    machines = [start_machine(two_machines, number, *flags, "--load-model") for number in (0, 1)]
-    assert "Continuing after" in done(machines[0])
-    done(machines[1])
+    machines = start_machines(two_machines, monkeypatch, *flags, "--load-model")
+    assert [machine.status(120) for machine in machines] == [0, 0]
+    assert "Continuing after" in machines[0].output()
     assert same(wanted, weights())
     assert not (two_machines / "1" / CHECKPOINT).exists()

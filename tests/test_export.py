@@ -77,9 +77,9 @@ def test_any_batch_gives_pytorchs_probabilities(folder, capsys):
     save_network(random_network(), 37, 50)  # sides that the network pads
     run()
     first, *others = capsys.readouterr().out.splitlines()
-    assert first == f"Exporting {CHECKPOINT} to car.onnx, and comparing both: a few minutes."
+    assert first == f"Exporting {CHECKPOINT} to unet.onnx, and comparing both: a few minutes."
     assert any("16 drawn cars take their place" in line for line in others)
-    session, model = onnxruntime.InferenceSession("car.onnx"), predict.load_model(CHECKPOINT, "cpu", "fp32")
+    session, model = onnxruntime.InferenceSession("unet.onnx"), predict.load_model(CHECKPOINT, "cpu", "fp32")
     rng = np.random.default_rng(0)
     for batch in (1, 3, 8):
         images = rng.integers(0, 256, (batch, 37, 50, 3), np.uint8)
@@ -87,7 +87,7 @@ def test_any_batch_gives_pytorchs_probabilities(folder, capsys):
         (probabilities,) = session.run(["probabilities"], {"images": images})
         assert probabilities.dtype == np.float32
         assert np.abs(probabilities - expected).max() < 1e-4
-        net = cv2.dnn.readNetFromONNX("car.onnx")
+        net = cv2.dnn.readNetFromONNX("unet.onnx")
         net.setInput(images)
         assert np.abs(net.forward() - expected).max() < 1e-4
 
@@ -101,7 +101,7 @@ def test_a_network_of_crops_takes_parts_of_photos_at_its_scale(folder, drawn, ca
     )
     run()  # photos of 48 x 72 pixels then
     assert "Comparing on 32 of 32 photos" in capsys.readouterr().out
-    session, model = onnxruntime.InferenceSession("car.onnx"), predict.load_model(CHECKPOINT, "cpu", "fp32")
+    session, model = onnxruntime.InferenceSession("unet.onnx"), predict.load_model(CHECKPOINT, "cpu", "fp32")
     metadata = session.get_modelmeta().custom_metadata_map
     assert (metadata["height"], metadata["width"], metadata["scale"]) == ("32", "64", "0.75")
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 64, 3), np.uint8)
@@ -114,7 +114,7 @@ def test_the_lines_of_the_documentation_give_the_masks_of_predict(folder, drawn,
     save_network(network_for_dark_things(), 144, 192, settings=settings, history=[{"dice": 0.12341}])
     run()
     assert "Comparing on 32 of 32 photos" in capsys.readouterr().out
-    metadata = onnxruntime.InferenceSession("car.onnx").get_modelmeta().custom_metadata_map
+    metadata = onnxruntime.InferenceSession("unet.onnx").get_modelmeta().custom_metadata_map
     assert metadata == {
         "software": export.SOFTWARE,
         "height": "144",
@@ -144,7 +144,7 @@ def test_no_file_is_left_where_onnxruntime_gives_another_dice(folder, monkeypatc
     save_network(random_network(), 32, 48)
     monkeypatch.setattr(export, "to_onnx", lambda *_: b"")
     monkeypatch.setattr(export, "open_session", lambda _: lambda images: np.full(images.shape[:3], np.nan, np.float32))
-    assert "car.onnx was not written, because Dice is" in error_of()
+    assert "unet.onnx was not written, because Dice is" in error_of()
     assert list(folder.iterdir()) == [folder / CHECKPOINT]
 
 
@@ -152,16 +152,16 @@ def test_files_of_the_user_are_never_overwritten(folder, monkeypatch):
     save_network(random_network(), 32, 48)
     others = onnx.helper.make_model(onnx.helper.make_graph([], "theirs", [], [])).SerializeToString()
     for content in (b"mine", others):
-        Path("car.onnx").write_bytes(content)
-        assert "car.onnx was not written by tools.export: move it away" in error_of()
-        assert Path("car.onnx").read_bytes() == content
+        Path("unet.onnx").write_bytes(content)
+        assert "unet.onnx was not written by tools.export: move it away" in error_of()
+        assert Path("unet.onnx").read_bytes() == content
 
 
 def test_files_of_the_command_export_py_are_still_ours(folder):
     model = onnx.helper.make_model(onnx.helper.make_graph([], "ours", [], []))
     onnx.helper.set_model_props(model, {"software": "export.py (U-Net for Carvana)"})
-    onnx.save(model, "car.onnx")
-    assert export.is_ours(Path("car.onnx"))
+    onnx.save(model, "unet.onnx")
+    assert export.is_ours(Path("unet.onnx"))
 
 
 @pytest.mark.parametrize("package", export.PACKAGES)
@@ -177,6 +177,6 @@ def test_what_cannot_be_read_or_written_is_named(folder):
     assert "text is damaged or no checkpoint" in error_of("--checkpoint", "text")
     assert "--output is car.pt: give it the ending .onnx" in error_of("--output", "car.pt")
     save_network(random_network(), 32, 48)
-    assert "--output: text cannot be written" in error_of("--output", "text/car.onnx")
-    Path("car.onnx").mkdir()
-    assert "car.onnx was not written by tools.export" in error_of()
+    assert "--output: text cannot be written" in error_of("--output", "text/unet.onnx")
+    Path("unet.onnx").mkdir()
+    assert "unet.onnx was not written by tools.export" in error_of()

@@ -213,9 +213,11 @@ def test_the_rehearsal_leaves_no_trace(project, run_train, monkeypatch):
 
 
 def test_without_minutes_nothing_is_rehearsed(project, run_train, monkeypatch):
-    monkeypatch.setattr(rehearsal.Rehearsal, "measure", None)
+    rehearsals, measure = [], rehearsal.Rehearsal.measure
+    monkeypatch.setattr(rehearsal.Rehearsal, "measure", lambda *args: rehearsals.append(args) or measure(*args))
     leave_photos(8, 4)
     run_train("--num-epochs", "1")
+    assert rehearsals == [] and len(rows()) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

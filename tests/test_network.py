@@ -121,6 +121,14 @@ def test_any_network_is_trained_and_predicted_with(project, run_train, swap, cap
     assert all(value.dtype != torch.bfloat16 for value in rounded.state_dict().values())  # BatchNorm would lose by it
 
 
+@pytest.mark.parametrize("flags", [["--batch-size", "1"], ["--batch-size", "2", "--accumulation", "2"]])
+def test_a_network_that_cannot_learn_from_one_image_names_the_setting(project, run_train, swap, flags):
+    """Batches are always full, so that a last one of one photo is none: 64 photos are 4 batches of 21 above."""
+    swap(NETWORKS["dictionary"])
+    said = refusal(partial(run_train, "--num-epochs", "1", *flags))
+    assert said.startswith("BATCH_SIZE gives this network one image at a time") and "raise BATCH_SIZE" in said
+
+
 def test_a_run_of_another_network_that_is_stopped_and_continued_ends_with_the_same_weights(project, run_train, swap):
     flags = ["--num-epochs", "2", "--batch-size", "16"]
     swap(NETWORKS["dictionary"])
@@ -184,7 +192,7 @@ def test_an_exported_network_gives_its_probabilities(project, run_train, swap, m
     run_train("--num-epochs", "1")
     monkeypatch.setattr(export, "SECONDS", 0)
     export.main([])
-    session, network = onnxruntime.InferenceSession("car.onnx"), predict.load_model(BEST, "cpu")
+    session, network = onnxruntime.InferenceSession("unet.onnx"), predict.load_model(BEST, "cpu")
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
     expected = torch.from_numpy(network(images)).sigmoid().numpy()
     assert np.abs(session.run(None, {"images": images})[0] - expected).max() < 1e-4

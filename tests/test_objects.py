@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +9,8 @@ import cv2
 import numpy as np
 import pytest
 from conftest import save_network
+from forked import start_processes
+from killed import kills
 from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
@@ -188,9 +188,8 @@ def test_several_processes_write_one_table_and_one_file(photos):
     flags = ["data/val_images", "--objects", "--coco", "all.json"]
     run(*flags)
     alone = Path("predictions/objects.csv").read_bytes(), Path("all.json").read_bytes()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", predict.__file__, *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    processes = start_processes(2, Path(predict.__file__), *flags)
+    assert [process.status() for process in processes] == [0, 0], processes[0].output()
     assert (Path("predictions/objects.csv").read_bytes(), Path("all.json").read_bytes()) == alone
     assert len(table()) >= 8 and not list(Path("predictions").glob(".*"))
 
@@ -212,6 +211,21 @@ def test_a_broken_photo_costs_its_rows_alone_and_an_error_leaves_nothing(red, mo
             patched.setattr(getattr(outputs, name), "dumps" if name == "json" else "DictWriter", no_room)
             run("photos/a.png", "--objects")
         assert table() == before and not list(Path("predictions").glob(".*"))
+
+
+def test_a_run_removes_what_killed_ones_have_left_and_nothing_of_one_under_way(red):
+    draw({"a": discs((20,)), "b": discs((20, 30))})
+    folder = Path("predictions")
+    run("photos", "--objects")
+    wanted, left = table(), []
+    with outputs.Found(folder / "objects.csv") as other:
+        for _ in kills(lambda: run("photos", "--objects"), fewest=5, among="objects.csv"):
+            left += set(folder.glob(".*.tmp")) - {other.part}
+            run("photos", "--objects")
+            assert table() == wanted and list(folder.glob(".*.tmp")) == [other.part]
+    assert left
+    outputs.remove_found(other.part)
+    assert not list(folder.glob(".*.tmp*"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PREPROCESSING, save_network
+from forked import Script, start_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -29,6 +29,8 @@ from machinery.decoding import read_mask
 from machinery.device import Device
 from machinery.files import lock_of, locked
 from model import UNet
+
+SCRIPT = Path(predict.__file__)
 
 
 def names(folder: str = "predictions") -> set[str]:
@@ -430,13 +432,12 @@ def test_a_killed_run_goes_on_where_it_was(photos, monkeypatch):
         for photo in photos:
             many.append(photo.with_name(f"{number}_{photo.name}"))
             os.link(photo, many[-1])
-    command = [sys.executable, predict.__file__, *map(str, many), "--submission", "submission.csv.gz"]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = Script(SCRIPT, *map(str, many), "--submission", "submission.csv.gz")
     deadline = time.monotonic() + 120
     while not any(part.stat().st_size for part in Path().glob("*.part")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.status() == -signal.SIGKILL
     assert not Path("submission.csv.gz").exists()
     (part,) = Path().glob("*.part")
     kept = part.read_text().count("\n")
@@ -489,16 +490,15 @@ def test_a_submission_goes_on_when_a_broken_photo_is_mended(photos):
 # Several processes
 
 
-def test_torchrun_shares_the_photos(photos):
+def test_several_processes_share_the_photos(photos):
     flags = ["data/val_images", "--mask-dir", "data/val_masks", "--submission"]
     run(*flags, "one.csv")
     alone = scores()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", predict.__file__]
-    done = subprocess.run([*command, *flags, "two.csv", "--overlay"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    processes = start_processes(2, SCRIPT, *flags, "two.csv", "--overlay")
+    assert [process.status() for process in processes] == [0, 0], processes[0].output()
     assert rows_of("two.csv") == rows_of("one.csv")
     assert scores() == alone
-    assert len(names()) == 9 and done.stdout.count("mean of 8") == 1
+    assert len(names()) == 9 and "".join(process.output() for process in processes).count("mean of 8") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,9 +563,10 @@ def test_mistakes_end_with_one_sentence(mistake, photos):
 
 def test_there_is_no_traceback_and_the_exit_status_is_1(photos):
     photos[0].write_bytes(b"")
-    done = subprocess.run([sys.executable, predict.__file__, "data/val_images"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: 1 of 8 photos")
+    process = Script(SCRIPT, "data/val_images")
+    assert process.status() == 1
+    said = process.printed[1].read_text()
+    assert "Traceback" not in said and said.splitlines()[-1].startswith("error: 1 of 8 photos")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

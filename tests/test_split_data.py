@@ -58,7 +58,8 @@ def test_a_folder_with_the_zip_files_and_test_photos(download, drawn):
     zip_folder(drawn / "val_images", download / "test.zip")
     shutil.copytree(drawn / "val_images", download / "test")
     split(download)
-    check()
+    sorted_ = {Path(path).name for path in check()}
+    assert not sorted_ & {photo.name for photo in (drawn / "val_images").iterdir()}  # they have no masks
 
 
 def test_nested_folders(download, drawn):

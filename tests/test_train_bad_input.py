@@ -1,14 +1,13 @@
 """Everything that a user can get wrong ends with one sentence, exit status 1, no traceback, and nothing overwritten."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL, leave_photos
+from forked import Script
 from PIL import Image
 
 import train
@@ -155,10 +154,10 @@ def test_mistakes_end_with_one_sentence(mistake, project, capsys):
 
 def test_the_exit_status_is_1_and_there_is_no_traceback(project):
     first("train_images").write_bytes(b"")
-    command = [sys.executable, train.__file__, *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: data/train_images/")
+    process = Script(Path(train.__file__), *SMALL)
+    assert process.status() == 1
+    said = process.printed[1].read_text()
+    assert "Traceback" not in said and said.splitlines()[-1].startswith("error: data/train_images/")
 
 
 def test_a_photo_that_breaks_while_workers_read_it_is_named(project, monkeypatch):

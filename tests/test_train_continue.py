@@ -8,6 +8,7 @@ import signal
 import time
 import zipfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ import train
 import utils
 from machinery import checkpoints, errors
 from machinery.errors import UserError
+from machinery.muon import Muon
 from model import UNet, build_network
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", 2))  # 20 for a thorough look
@@ -254,6 +256,28 @@ def test_a_checkpoint_of_another_optimizer_is_refused(project, run_train, monkey
     monkeypatch.setattr(train, "Muon", lambda both: torch.optim.SGD(both[:groups]))
     with pytest.raises(UserError, match="of another optimizer"):
         run_train("--num-epochs", "2", "--load-model")
+
+
+OPTIMIZERS = [Muon, partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW, torch.optim.Adafactor]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_an_optimizers_state_of_other_sizes_is_refused(make):
+    """And one that fits continues: the step that tries it changes nothing."""
+    weight = torch.nn.Parameter(torch.ones(4, 3, 2, 2))
+    groups = [{"params": [weight], "update": "muon"}] if make is Muon else [weight]
+    optimizer = make(groups, lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    before, state = weight.detach().clone(), checkpoints.copied(optimizer.state_dict(), {})
+    checkpoints.restore(optimizer, type(optimizer).__name__, state)
+    assert torch.equal(weight, before)
+    values, restored = state["state"][0], optimizer.state_dict()["state"][0]
+    assert restored.keys() == values.keys() != set()
+    assert all(torch.equal(torch.as_tensor(restored[name]), torch.as_tensor(values[name])) for name in values)
+    values |= {name: value.repeat(2, 1, 1, 1) for name, value in values.items() if getattr(value, "ndim", 0) == 4}
+    with pytest.raises(UserError, match=r"the checkpoint is of another optimizer \(.+\): use that one"):
+        checkpoints.restore(optimizer, type(optimizer).__name__, state)
 
 
 def test_a_new_metric_joins_a_run_that_has_begun(project, run_train, monkeypatch):

@@ -4,9 +4,11 @@ import functools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, leave_photos, rows, same, weights
+from PIL import Image
 
 import train
 import utils
@@ -15,9 +17,11 @@ from machinery import muon
 from machinery.checkpoints import Beginning
 from machinery.device import Device
 from machinery.errors import UserError
+from machinery.runs import one_class
 from machinery.settings import parse_settings
 from model import DoubleConv
 
+CROPS = ["--crop", "64", "64", "--batch-size", "16"]
 CPU = Device(torch.device("cpu"), torch.float32)
 
 
@@ -241,20 +245,50 @@ def test_other_errors_keep_their_traceback(project, run_train, monkeypatch):
 
 
 def test_a_network_that_predicts_one_class_is_named(project, run_train, capsys):
-    run_train("--num-epochs", "1", "--learning-rate", "1e-9")
-    out = capsys.readouterr().out
-    assert re.search(r"WARNING: it predicts background for every pixel, and \d+\.\d % of the validation masks", out)
-    run_train("--num-epochs", "4")
-    after_the_last_epoch = capsys.readouterr().out.split("\n    4 ")[1]
-    assert "WARNING" not in after_the_last_epoch
-
-
-@pytest.mark.parametrize("flags", [[], ["--crop", "64", "64", "--batch-size", "16"]])
-def test_only_a_run_of_whole_photos_is_told_to_take_crops(project, run_train, capsys, flags):
+    """When half of the epochs are over, and once more after the last: at first every network predicts so."""
     leave_photos(4, 2)
+    run_train("--num-epochs", "6", "--learning-rate", "1e-9")
+    before, *after = capsys.readouterr().out.split("\nWARNING: ")
+    assert [re.findall(r"^ +(\d) ", part, re.MULTILINE) for part in (before, *after)] == [list("123"), list("456"), []]
+    for line in after:
+        assert re.match(
+            r"it finds no foreground, which [0-9.]+ % of the validation masks are: raise NUM_EPOCHS\n", line
+        )
+
+
+def test_a_network_that_has_learned_is_not_warned_of(project, run_train, capsys):
+    run_train("--num-epochs", "4")
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_dice_shows_that_a_network_predicts_one_class():
+    masks = torch.zeros(4, 10, 10, dtype=torch.bool)
+    masks[0, :4], masks[1, 3:5, 3:5] = True, True
+    foreground = masks.double().mean((1, 2)).numpy()
+
+    def said(predictions: torch.Tensor) -> str | None:
+        tp, fp, fn, _ = utils.confusion(predictions, masks, torch.ones_like(masks))
+        return one_class(utils.dice_scores(tp, fp, fn).double().tolist(), foreground)
+
+    assert said(torch.zeros_like(masks)) == "it finds no foreground, which 11.0 % of the validation masks are"
+    every = "it predicts foreground for every pixel, which 11.0 % of the validation masks are"
+    assert said(torch.ones_like(masks)) == every
+    assert said(masks) is said(masks.roll(1, 1)) is None
+    assert one_class([1.0, 1.0], np.zeros(2)) is None  # there is none to be found
+
+
+@pytest.mark.parametrize(("pixels", "flags", "is_told"), [(2, [], True), (10, [], False), (2, CROPS, False)])
+def test_only_where_objects_have_a_few_pixels_a_run_of_whole_photos_is_told_to_take_crops(
+    project, run_train, capsys, pixels, flags, is_told
+):
+    leave_photos(4, 2)
+    for mask in Path("data").glob("*_masks/*"):
+        square = np.zeros((64, 96), np.uint8)
+        square[20 : 20 + 2 * pixels, 40 : 40 + 3 * pixels] = 255  # at training size half as many
+        Image.fromarray(square).save(mask)
     run_train("--num-epochs", "1", "--learning-rate", "1e-9", *flags)
     out = capsys.readouterr().out
-    assert "it predicts background for every pixel" in out and ("need crops" in out) == (not flags)
+    assert "WARNING: it finds no foreground" in out and ("need crops" in out) == is_told
 
 
 def test_the_dice_weight_adds_soft_dice(project, run_train):

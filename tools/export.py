@@ -1,6 +1,6 @@
 """Export a network that train.py has trained to one ONNX file, with its preprocessing inside, and check the file.
 
-    python -m tools.export                                        # my_checkpoint_best.pth.tar -> car.onnx
+    python -m tools.export                                        # my_checkpoint_best.pth.tar -> unet.onnx
     python -m tools.export --checkpoint other_best.pth.tar --output other.onnx
 
 The file takes "images", uint8 RGB (N, height, width, 3) at the network's size, for any N, and gives "probabilities",
@@ -182,7 +182,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line. Raises UserError."""
     parser = Parser("python -m tools.export", __doc__)
     parser.add_argument("--checkpoint", default="my_checkpoint_best.pth.tar", help="[my_checkpoint_best.pth.tar]")
-    parser.add_argument("--output", type=Path, default=Path("car.onnx"), help="[car.onnx]")
+    parser.add_argument("--output", type=Path, default=Path("unet.onnx"), help="[unet.onnx]")
     args = parser.parse_args(argv)
     if args.output.suffix != ".onnx":
         raise UserError(f"--output is {args.output}: give it the ending .onnx")

@@ -540,7 +540,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m tools.split_data", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, help="zip files and folders")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the four folders are [data]")
-    share = f"share of cars or photos to validate on [{VAL_SHARE}; where there are some already, new ones are to train]"
+    share = f"share of photos, or of Carvana's cars, to validate on [{VAL_SHARE}; 0 where there are some already]"
     parser.add_argument("--val-share", type=float, help=share)
     parser.add_argument("--seed", type=int, help="of the choice of these [0]")
     suffix = "what masks' names end in, '' where they have their photos' names; it becomes _mask [_mask]"
