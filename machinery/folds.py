@@ -1,0 +1,94 @@
+"""Folds of a set for cross-validation, the doubt of its mean score, and where a mask is contradicted."""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from machinery.errors import UserError, counted
+from machinery.objects import Objects
+from machinery.samples import group_of
+
+RESAMPLES = 10_000  # of the bootstrap
+
+
+def groups_of(images: list[Path], checksums: Iterable[int], pattern: re.Pattern | None = None) -> np.ndarray:
+    """Return the number of each image's group, int (n,), from 0: its object by group_of, and all with equal pixels.
+
+    Raises UserError where the pattern is in no name.
+    """
+    if pattern and not any(pattern.search(image.stem) for image in images):
+        raise UserError(f"--group {pattern.pattern} is found in no name, such as {images[0].stem}: correct it")
+    groups, first = np.arange(len(images)), {}
+    for index, keys in enumerate(zip((group_of(image, pattern) for image in images), checksums, strict=True)):
+        for key in keys:
+            groups[groups == groups[first.setdefault(key, index)]] = groups[index]
+    return np.unique(groups, return_inverse=True)[1]
+
+
+def deal(groups: np.ndarray, foreground: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Return the fold of each photo, int (n,), from 0: balanced by number, then by foreground, groups kept whole.
+
+    Args:
+        groups: the number of each photo's group, int (n,), from 0.
+        foreground: its share in each photo, (n,).
+
+    Raises UserError where there are fewer groups than folds.
+    """
+    sizes = np.bincount(groups)
+    if len(sizes) < 2:
+        raise UserError("all photos are of one object, or equal: cross-validation needs photos of a second one")
+    if folds > len(sizes):
+        raise UserError(f"--folds is {folds}, but the photos are of {len(sizes)} objects: set it to {len(sizes)}")
+    random = np.random.default_rng(seed)
+    counts, fold_of = np.zeros(folds, int), np.zeros(len(sizes), int)
+    shuffled = random.permutation(len(sizes))
+    for group in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:  # the largest first, each to the smallest fold
+        fold_of[group] = counts.argmin()
+        counts[fold_of[group]] += sizes[group]
+
+    excess = np.bincount(groups, foreground - foreground.mean())  # of each group, and below of each fold
+    sums = np.bincount(fold_of, excess, folds)
+    for some, other in random.integers(len(sizes), size=(50 * len(sizes), 2)).tolist():
+        difference = excess[some] - excess[other]
+        surplus = sums[fold_of[some]] - sums[fold_of[other]]
+        if sizes[some] == sizes[other] and difference * surplus > difference**2:  # to swap them brings the folds closer
+            sums[fold_of[some]] -= difference
+            sums[fold_of[other]] += difference
+            fold_of[[some, other]] = fold_of[[other, some]]
+    return fold_of[groups]
+
+
+def interval(values: np.ndarray, groups: np.ndarray, quantile: float, seed: int = 0) -> tuple[float, float]:
+    """Return between which values the mean of many photos lies with 95 %, by a bootstrap over groups.
+
+    Its percentiles are those of Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, 4.4.2: they are
+    further apart where groups are few, as Student's t is.
+
+    Args:
+        values, groups: of each photo, (n,); groups are numbers from 0.
+        quantile: Student's t at 97.5 % for one degree of freedom less than there are groups.
+    """
+    counts, sums = np.bincount(groups), np.bincount(groups, values)
+    number = len(counts)
+    random = np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    for resample in range(RESAMPLES):  # one by one: all at once would not fit into memory
+        chosen = random.integers(number, size=number)
+        means[resample] = sums[chosen].sum() / counts[chosen].sum()
+    tail = NormalDist().cdf(-quantile * math.sqrt(number / (number - 1)))
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def contradiction(probabilities: np.ndarray, mask: np.ndarray, known: np.ndarray) -> dict[str, object]:
+    """Return where and how a network contradicts a mask with confidence.
+
+    Probabilities are float32 (H, W), of a network that has not learned from it; mask and known are bool (H, W).
+    """
+    against = known & np.where(mask, probabilities < 0.1, probabilities > 0.9)
+    found = Objects(against)
+    return {"suspicion": float(against.sum())}
