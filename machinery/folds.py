@@ -8,9 +8,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from machinery.errors import UserError, counted
-from machinery.objects import Objects
-from machinery.samples import group_of
+from machinery.errors import UserError
+from machinery.samples import check_group, group_of
 
 RESAMPLES = 10_000  # of the bootstrap
 
@@ -20,8 +19,7 @@ def groups_of(images: list[Path], checksums: Iterable[int], pattern: re.Pattern 
 
     Raises UserError where the pattern is in no name.
     """
-    if pattern and not any(pattern.search(image.stem) for image in images):
-        raise UserError(f"--group {pattern.pattern} is found in no name, such as {images[0].stem}: correct it")
+    check_group(pattern, images)
     groups, first = np.arange(len(images)), {}
     for index, keys in enumerate(zip((group_of(image, pattern) for image in images), checksums, strict=True)):
         for key in keys:
@@ -90,5 +88,4 @@ def contradiction(probabilities: np.ndarray, mask: np.ndarray, known: np.ndarray
     Probabilities are float32 (H, W), of a network that has not learned from it; mask and known are bool (H, W).
     """
     against = known & np.where(mask, probabilities < 0.1, probabilities > 0.9)
-    found = Objects(against)
     return {"suspicion": float(against.sum())}

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import threading
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from copy import copy as shallow_copy
@@ -359,15 +360,23 @@ def car_of(image: Path) -> str | None:
 
 
 def group_of(image: Path, pattern: re.Pattern | None = None) -> str:
-    """Return what the names of photos of one object have in common; a photo without that stands for itself.
+    """Return what names the object on a photo, by which photos of one object are known.
 
-    With a pattern it is what its first group finds in the stem, or else the whole pattern; without one, Carvana's car.
+    With a pattern it is what that finds in the stem, or what its first group does; without one, Carvana's car. A photo
+    that has neither stands for itself.
     """
     stem = stem_of(image)
     if pattern is None:
         return car_of(image) or stem
     match = pattern.search(stem)
     return (match and match[min(1, pattern.groups)]) or stem
+
+
+def check_group(pattern: re.Pattern | None, images: Iterable[Path]) -> None:
+    """Raise UserError where --group finds nothing in any photo's name."""
+    stems = list(map(stem_of, images))
+    if pattern and not any(map(pattern.search, stems)):
+        raise UserError(f"--group {pattern.pattern} finds nothing in any photo's name, such as {stems[0]}: correct it")
 
 
 def describe_rule(data: Samples) -> list[str]:

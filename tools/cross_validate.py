@@ -11,7 +11,6 @@ runs/suspects.csv lists the masks that these networks contradict.
 
 import json
 import re
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,16 +32,18 @@ from machinery.device import memory_errors
 from machinery.errors import Stopped, UserError, counted, reason_of, run
 from machinery.files import files_in, find_pairs, locked, remove_leftovers, save_metrics, saving
 from machinery.folds import contradiction, deal, groups_of, interval
-from machinery.report import PAGE_PHOTOS, PAGE_WIDTH, errors, hatched, page_pictures, pooled, reduced, write_page
 from machinery.processes import progress
+from machinery.report import PAGE_PHOTOS, PAGE_WIDTH, errors, hatched, page_pictures, pooled, reduced, write_page
 from machinery.runs import STUDENT
 from machinery.samples import Samples, describe_rule
-from machinery.settings import Parser, read_settings
+from machinery.settings import Parser, read_settings, regex
 from model import size_multiple
 
 CHECKPOINT = Path("my_checkpoint.pth.tar")  # of each fold, in its folder
 OURS = "--checkpoint", "--saved-images-dir"  # flags of train.py that the folders take the place of
-FREE = "cache_dir", "num_workers", "checkpoint_minutes", "activation_checkpointing"  # settings that may change
+# Settings that may be others when the command is given again
+FREE = "checkpoint", "saved_images_dir", "cache_dir", "num_workers", "device", "checkpoint_minutes"
+FREE += "activation_checkpointing", "tensorboard_dir"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +92,9 @@ class Folds:
         for fold in folds:
             for state, value in (("empty", 0), ("full", 1)):
                 if (foreground[folds.fold_of != fold] == value).all():
-                    raise UserError(f"without fold {fold} of {count} every mask is {state}: add photos, or give fewer --folds")
+                    raise UserError(
+                        f"without fold {fold} of {count} every mask is {state}: add photos, or give fewer --folds"
+                    )
         return folds
 
     def __len__(self) -> int:
@@ -198,10 +201,11 @@ def write_json(file: Path, content: dict[str, object]) -> None:
 def train_all(s: SimpleNamespace, args: SimpleNamespace, folds: Folds, flags: list[str]) -> None:
     """Train the folds that have not ended, one after the other."""
     settings = {name.upper(): repr(value) for name, value in vars(s).items() if name not in FREE}
-    settings |= {"--folds": str(args.folds), "--group": str(args.group)}
+    settings |= {"--folds": str(args.folds), "--group": args.group and args.group.pattern}
     photos = {}
     for index, (image, mask) in enumerate(folds.shown.pairs):
-        photos[str(image)] = [mask.name, *map(zlib.crc32, folds.shown.sample(index))]
+        checksum = folds.shown.infos["checksum"][index].item()
+        photos[str(image)] = [mask.name, checksum, zlib.crc32(folds.shown.sample(index)[1])]
     file = args.output_dir / "folds.json"
     kept = remembered(file, {"settings": settings, "photos": photos, "fold_of": folds.fold_of.tolist(), "ended": []})
     folds.fold_of = np.array(kept["fold_of"])
@@ -327,19 +331,12 @@ def conclude(s: SimpleNamespace, folder: Path, folds: Folds) -> None:
 # The command
 
 
-def pattern(text: str) -> re.Pattern:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UserError(f"--group {text} is no regular expression ({error}): correct it") from error
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m tools.cross_validate", __doc__)
     parser.epilog = "All flags of train.py are taken, too: python train.py --help lists them."
     parser.add_argument("--folds", type=int, default=5, help="how many networks are trained [5]")
-    group = "photos are of one object where this finds the same in their names, or its (first group) does [the car]"
-    parser.add_argument("--group", type=pattern, metavar="REGEX", help=group)
+    group = "photos are of one object where this, or its first (group), finds the same in their names [Carvana's cars]"
+    parser.add_argument("--group", type=regex, metavar="REGEX", help=group)
     parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="where the folds' runs are kept [runs]")
     args, flags = parser.parse_known_args(argv)
     given = {flag.partition("=")[0] for flag in flags}
