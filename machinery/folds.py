@@ -9,9 +9,11 @@ from statistics import NormalDist
 import numpy as np
 
 from machinery.errors import UserError
+from machinery.objects import Objects
 from machinery.samples import check_group, group_of
 
 RESAMPLES = 10_000  # of the bootstrap
+BOX = "left", "top", "width", "height"
 
 
 def groups_of(images: list[Path], checksums: Iterable[int], pattern: re.Pattern | None = None) -> np.ndarray:
@@ -23,7 +25,8 @@ def groups_of(images: list[Path], checksums: Iterable[int], pattern: re.Pattern 
     groups, first = np.arange(len(images)), {}
     for index, keys in enumerate(zip((group_of(image, pattern) for image in images), checksums, strict=True)):
         for key in keys:
-            groups[groups == groups[first.setdefault(key, index)]] = groups[index]
+            joined = groups[first.setdefault(key, index)], groups[index]
+            groups[groups == max(joined)] = min(joined)
     return np.unique(groups, return_inverse=True)[1]
 
 
@@ -83,9 +86,33 @@ def interval(values: np.ndarray, groups: np.ndarray, quantile: float, seed: int 
 
 
 def contradiction(probabilities: np.ndarray, mask: np.ndarray, known: np.ndarray) -> dict[str, object]:
-    """Return where and how a network contradicts a mask with confidence.
+    """Return how much a network contradicts a mask, its "suspicion", and the region where it does so most.
 
-    Probabilities are float32 (H, W), of a network that has not learned from it; mask and known are bool (H, W).
+    Suspicion is the Dice that the network expects of its own mask, less that of the given one: a photo that it finds
+    hard is not suspicious. The region is a connected one in which the object is "missing" in the mask or is "extra",
+    with its box, and the "confidence", 0.5 to 1, is the network's mean probability that the mask is wrong there.
+
+    Args:
+        probabilities: float32 (H, W), of a network that has not learned from the mask.
+        mask: bool (H, W).
+        known: bool (H, W): other pixels are void (ignored) and count nowhere.
     """
-    against = known & np.where(mask, probabilities < 0.1, probabilities > 0.9)
-    return {"suspicion": float(against.sum())}
+    probabilities, mask = probabilities * known, mask & known
+    own = (probabilities > 0.5) & known
+    found = {"suspicion": expected_dice(probabilities, own) - expected_dice(probabilities, mask)}
+    found |= dict.fromkeys(("mask", *BOX, "area_px", "confidence"))  # None where they agree everywhere
+    most = 0.0
+    for kind, area in (("missing", own & ~mask), ("extra", mask & ~own)):
+        regions = Objects(area, probabilities if kind == "missing" else 1 - probabilities)
+        weights = regions.areas * regions.means()
+        if len(regions) and weights.max() > most:
+            region, most = weights.argmax(), weights.max()
+            found |= {"mask": kind} | dict(zip(BOX, regions.boxes[region].tolist(), strict=True))
+            found |= {"area_px": int(regions.areas[region]), "confidence": float(regions.means()[region])}
+    return found
+
+
+def expected_dice(probabilities: np.ndarray, mask: np.ndarray) -> float:
+    """Return about the Dice that a mask, bool (H, W), would have if these probabilities, (H, W), were right."""
+    total = float(probabilities.sum(dtype=np.float64)) + np.count_nonzero(mask)
+    return 2 * float(probabilities[mask].sum(dtype=np.float64)) / total if total else 1.0

@@ -288,43 +288,47 @@ def mean_of(dice: np.ndarray, groups: np.ndarray) -> str:
 def conclude(s: SimpleNamespace, folder: Path, folds: Folds) -> None:
     """Predict each photo by the network that has not learned from it; print scores, write the page and suspects.csv."""
     found = look_at_all(s, folder, folds)
-    dice, small_dice = (np.array([getattr(photo, name) for photo in found]) for name in ("dice", "small_dice"))
-    means, small_means = ([values[folds.held_out(fold)].mean() for fold in folds] for values in (dice, small_dice))
-    print("\nfold    dice  at original size")
-    for fold, small, full in zip(folds, small_means, means, strict=True):
-        print(f"{fold:4}  {small:.4f}  {full:16.4f}")
-    count = counted(len(found), "photo")
-    small, full = mean_of(small_dice, folds.groups), mean_of(dice, folds.groups)
-    said = f"{small} at training size, {full} at the photos' original size."
-    print(f"Dice of all {count}, each by the network that never learned from it: {said}")
+    rows = []
+    print("\nfold  photos    dice  at original size")
+    for fold in folds:
+        mine = [found[index] for index in folds.held_out(fold)]
+        small, full = (float(np.mean([getattr(photo, name) for photo in mine])) for name in ("small_dice", "dice"))
+        rows.append({"fold": fold, "photos": len(mine), "dice": small, "original_size": full})
+        print(f"{fold:4}  {len(mine):6}  {small:.4f}  {full:16.4f}")
+    small, full = (np.array([getattr(photo, name) for photo in found]) for name in ("small_dice", "dice"))
+    said = (
+        f"{mean_of(small, folds.groups)} at training size, {mean_of(full, folds.groups)} at the photos' original size"
+    )
+    print(f"Mean Dice of all {counted(len(found), 'photo')}, held out: {said}.")
 
-    images = [str(image) for image, _ in folds.shown.pairs]
-    suspects = [{"photo": images[p.index], "dice": p.dice, "fold": folds.fold_of[p.index]} | p.suspect for p in found]
-    suspects = sorted((row for row in suspects if row["suspicion"] > 0), key=lambda row: -row["suspicion"])
-    save_metrics(suspects, folder / "suspects.csv")
-    infos = folds.shown.infos
-    photos = [
-        SimpleNamespace(
-            name=images[photo.index],
-            **{name: infos[name][photo.index].item() for name in ("height", "width", "foreground")},
-            dice=[photo.dice],
-            pictures=photo.pictures,
-        )
-        for photo in found
-        if photo.pictures
-    ]
-    rows = [
-        {"fold": fold, "photos": len(folds.held_out(fold)), "dice": small, "original_size": full}
-        for fold, small, full in zip(folds, small_means, means, strict=True)
-    ]
+    write_suspects(found, folds, folder / "suspects.csv")
+    photos, count = list(shown_on_page(found, folds.shown)), counted(len(found), "photo")
     shown = f"{len(photos)} of {count}" if len(photos) < len(found) else count
-    summary = f"Mean Dice: {said} {shown}, each as the network predicts it that never learned from it."
-    title = f"Dice {dice.mean():.4f} of {count} in {len(folds)} folds"
+    summary = f"Mean Dice: {said}. {shown}, each as the network predicts it that has not learned from it."
+    title = f"Dice {full.mean():.4f} of {count} in {len(folds)} folds"
     write_page(folder, title, summary, photos, rows, vars(s), "\n".join(folds.lines()))
     print(f"Masks that the networks contradict, the most suspicious first: {folder / 'suspects.csv'}")
-    networks = best_of(folder, 1).as_posix().replace("fold_1", "fold_*")
+    networks = folder.as_posix() + f"/fold_*/{best_of(folder, 1).name}"
     print(f"The networks together: python predict.py --checkpoint {networks} photo.jpg")
     print(f"Look at {(folder / 'index.html').resolve().as_uri()}")
+
+
+def write_suspects(found: list[HeldOut], folds: Folds, file: Path) -> None:
+    """Write suspects.csv: how much each photo's network contradicts its mask, and where, the most suspicious first."""
+    rows = []
+    for photo in found:
+        image, fold = str(folds.shown.pairs[photo.index][0]), int(folds.fold_of[photo.index])
+        rows.append({"photo": image, "fold": fold, "dice": photo.dice} | photo.suspect)
+    save_metrics(sorted(rows, key=lambda row: -row["suspicion"]), file)
+
+
+def shown_on_page(found: list[HeldOut], data: Samples) -> Iterator[SimpleNamespace]:
+    """Yield what the page shows of those photos that have pictures."""
+    for photo in found:
+        if photo.pictures:
+            infos = {name: data.infos[name][photo.index].item() for name in ("height", "width", "foreground")}
+            name = str(data.pairs[photo.index][0])
+            yield SimpleNamespace(name=name, dice=[photo.dice], pictures=photo.pictures, **infos)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
