@@ -236,7 +236,7 @@ def dice_of(prediction: np.ndarray, mask: np.ndarray) -> float:
     return utils.dice_scores(*utils.confusion(*pixels)[:3]).item()
 
 
-def look(data: Samples, index: int, image: np.ndarray, logits: np.ndarray, has_pictures: bool) -> HeldOut:
+def look(data: Samples, on_page: set[int], index: int, image: np.ndarray, logits: np.ndarray) -> HeldOut:
     """Compare a mask with logits, float32 (h, w), for the photo as the network sees it, uint8 (h, w, 3)."""
     (photo_file, mask_file), small_mask = data.pairs[index], data.sample(index)[1]
     with large_ones_wait(photo_file):
@@ -244,10 +244,9 @@ def look(data: Samples, index: int, image: np.ndarray, logits: np.ndarray, has_p
         mask = decode_mask(mask_file, None, data.rule)[0]
         probabilities = predict.enlarge(logits, image, photo)
         suspect = contradiction(probabilities, mask == 1, mask != VOID)
-        dice, small_dice = dice_of(probabilities > 0.5, mask), dice_of(logits > 0, small_mask)
-        return HeldOut(
-            index, dice, small_dice, suspect, pictures_of(image, small_mask, logits) if has_pictures else None
-        )
+        dice = dice_of(probabilities > 0.5, mask)
+    pictures = pictures_of(image, small_mask, logits) if index in on_page else None
+    return HeldOut(index, dice, dice_of(logits > 0, small_mask), suspect, pictures)
 
 
 def pictures_of(image: np.ndarray, mask: np.ndarray, logits: np.ndarray) -> dict[str, str]:
@@ -269,7 +268,7 @@ def look_at_all(s: SimpleNamespace, folder: Path, folds: Folds) -> list[HeldOut]
         for fold in folds:
             model = predict.load_model(best_of(folder, fold), s.device, s.precision)
             indices = folds.held_out(fold).tolist()
-            finish = lambda index, *seen: look(data, index, *seen, index in on_page)  # noqa: E731
+            finish = partial(look, data, on_page)
             for photo in predict.predict_all(indices, model, lambda i: data.sample(i)[0], finish, s.batch_size):
                 found.append(photo)
                 bar.update()
@@ -296,13 +295,12 @@ def conclude(s: SimpleNamespace, folder: Path, folds: Folds) -> None:
         rows.append({"fold": fold, "photos": len(mine), "dice": small, "original_size": full})
         print(f"{fold:4}  {len(mine):6}  {small:.4f}  {full:16.4f}")
     small, full = (np.array([getattr(photo, name) for photo in found]) for name in ("small_dice", "dice"))
-    said = (
-        f"{mean_of(small, folds.groups)} at training size, {mean_of(full, folds.groups)} at the photos' original size"
-    )
-    print(f"Mean Dice of all {counted(len(found), 'photo')}, held out: {said}.")
+    means, count = [mean_of(dice, folds.groups) for dice in (small, full)], counted(len(found), "photo")
+    said = f"{means[0]} at training size, {means[1]} at the photos' original size"
+    print(f"Mean Dice of all {count}, held out: {said}.")
 
     write_suspects(found, folds, folder / "suspects.csv")
-    photos, count = list(shown_on_page(found, folds.shown)), counted(len(found), "photo")
+    photos = list(shown_on_page(found, folds.shown))
     shown = f"{len(photos)} of {count}" if len(photos) < len(found) else count
     summary = f"Mean Dice: {said}. {shown}, each as the network predicts it that has not learned from it."
     title = f"Dice {full.mean():.4f} of {count} in {len(folds)} folds"
