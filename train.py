@@ -14,7 +14,7 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import cv2
 import torch
@@ -194,7 +194,7 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
     return State(model, config, forward, optimizer, scaler)
 
 
-def train(s: SimpleNamespace) -> None:
+def train(s: SimpleNamespace, load_data: FunctionType = load_data) -> None:
     """Train, validate and save, with the settings s: the constants by their lower-case names."""
     started = time.monotonic() - (processes.age() if __name__ == "__main__" else 0)  # imports count, too
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
@@ -236,7 +236,7 @@ def train(s: SimpleNamespace) -> None:
     run.print_result(*score(writer.best_path, val_set))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, load_data: FunctionType = load_data) -> None:
     with read_settings(globals(), argv, size_multiple, processes.WORLD_SIZE) as s:
         advice = (
             f"at BATCH_SIZE {s.batch_size} and {s.image_height} x {s.image_width} pixels: halve BATCH_SIZE or double "
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         with processes.process_group(), reserved(s), memory_errors(advice):
             settle(s, load_checkpoint)
-            train(s)
+            train(s, load_data)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,11 @@ class Report:
             )
             for index, pictures in self.pictures.items()
         ]
-        write_page(self.folder, history, photos, len(self.data), self.settings, self.data_report)
+        row, best = history[-1], max(history[-len(photo_dice) :], key=lambda row: row["dice"])  # on these photos
+        title = f"Dice {row['dice']:.4f} after epoch {row['epoch']} of {self.settings['num_epochs']}"
+        shown = f"{len(photos)} of {len(self.data)}" if len(photos) < len(self.data) else len(photos)
+        summary = f"Best: {best['dice']:.4f} after epoch {best['epoch']}. {shown} validation photos."
+        write_page(self.folder, title, summary, photos, history, self.settings, self.data_report)
         if self.board:
             log_overlays(self.board, history[-1]["epoch"], self.folder, batches)
 
@@ -338,28 +342,43 @@ def page_pictures(
 
 def data_uri(kind: str, picture: np.ndarray, *options: int) -> str:
     """Encode a picture in OpenCV's order of colours as a URI that holds it."""
-    encoded = cv2.imencode(f".{kind}", picture, options)[1]
+    return data_uri_of(kind, cv2.imencode(f".{kind}", picture, options)[1])
+
+
+def data_uri_of(kind: str, encoded: bytes) -> str:
+    """Return a URI that holds an encoded picture."""
     return Markup(f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}")
 
 
 def write_page(
-    folder: Path, history: list[dict], photos: list[SimpleNamespace], count: int, settings: dict, data_report: str
+    folder: Path,
+    title: str,
+    summary: str,
+    photos: list[SimpleNamespace],
+    rows: list[dict],
+    settings: dict[str, object],
+    data_report: str,
 ) -> None:
-    """Write index.html, which needs no other file, from page.html."""
+    """Write index.html, which needs no other file, from page.html, with the folder's curves.png if it is there.
+
+    Args:
+        photos: each with name, height, width, foreground, Dice in each validation, and page_pictures.
+        rows: of the table of scores, which the first column counts.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    curves = base64.b64encode((folder / "curves.png").read_bytes()).decode()
+    curves = folder / "curves.png"
     page = environment.get_template("page.html").render(
-        history=history,
-        columns=columns(history),
-        best=max(history[-len(photos[0].dice) :], key=lambda row: row["dice"]),  # on these photos
+        title=title,
+        summary=summary,
+        history=rows,
+        columns=columns(rows),
         photos=sorted(photos, key=lambda photo: photo.dice[-1]),
-        count=count,
         settings=settings,
         data_report=data_report,
-        curves=Markup(f"data:image/png;base64,{curves}"),
+        curves=data_uri_of("png", curves.read_bytes()) if curves.exists() else None,
         span=max(1 - min((min(photo.dice) for photo in photos), default=0), 1e-3),  # of the curves of Dice
         colours={"true positive": TRUE_POSITIVE, "false negative": FALSE_NEGATIVE, "false positive": FALSE_POSITIVE},
     )

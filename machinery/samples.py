@@ -9,6 +9,7 @@ import secrets
 import shutil
 import threading
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from copy import copy as shallow_copy
@@ -35,7 +36,7 @@ from machinery.decoding import (
     value_shares,
 )
 from machinery.errors import UserError, counted, reason_of
-from machinery.files import MASK_SUFFIX, files_in, find_pairs, in_turn, is_locked, passed_over, written_whole
+from machinery.files import MASK_SUFFIX, files_in, find_pairs, in_turn, is_locked, passed_over, stem_of, written_whole
 
 DECODER = 6  # part of the cache's key: raise it when decoding changes
 SMALL = 2**20  # bytes of masks whose content is part of the key, too
@@ -82,7 +83,7 @@ class Samples:
         self, image_dir: Path, mask_dir: Path, size: tuple[int, int] | float, mask_suffix: str = MASK_SUFFIX
     ) -> None:
         self.image_dir, self.mask_dir = Path(image_dir), Path(mask_dir)
-        self.pairs = find_pairs(self.image_dir, self.mask_dir, mask_suffix)
+        self.pairs = find_pairs(self.image_dir, self.mask_dir, mask_suffix)  # others may join them before prepare
         self.size = size if isinstance(size, float) else tuple(size)
         self.cache_file: Path | None = None
         self._cache: np.ndarray | None = None
@@ -114,7 +115,10 @@ class Samples:
 
     def part(self, count: int) -> "Samples":
         """Return at most `count` of the prepared pairs, evenly spaced, from the same cache."""
-        chosen = np.linspace(0, len(self.pairs) - 1, min(count, len(self.pairs))).round().astype(int)
+        return self.only(np.linspace(0, len(self.pairs) - 1, min(count, len(self.pairs))).round().astype(int))
+
+    def only(self, chosen: np.ndarray) -> "Samples":
+        """Return the prepared pairs at these indices, int (n,), from the same cache."""
         part = shallow_copy(self)
         part.infos = self.infos[chosen]
         part.pairs, part.notes = ([rows[index] for index in chosen] for rows in (self.pairs, self.notes))
@@ -145,7 +149,7 @@ class Samples:
         holds, and if every mask is empty or every mask is full.
         """
         self.rule, self.chosen = rule, foreground_values
-        keys = [(image.name, mask.name, *_stamp(image), *_stamp(mask, True)) for image, mask in self.pairs]
+        keys = [(self._name(image), mask.name, *_stamp(image), *_stamp(mask, True)) for image, mask in self.pairs]
         self.infos = self.cache_file = None
         if cache_dir is not None:
             try:
@@ -158,6 +162,10 @@ class Samples:
             if (self.infos["foreground"] == value).all():
                 size = f"SCALE {self.size}" if isinstance(self.size, float) else "{1} x {0} pixels".format(*self.size)
                 raise UserError(f"every mask in {self.mask_dir} is {state} at {size}: {self._advice(state)}")
+
+    def _name(self, image: Path) -> str:
+        """Return an image's name; with its folder where it is from another one, in which the same name may be."""
+        return image.name if image.parent == self.image_dir else str(image)
 
     def _advice(self, state: str) -> str:
         """Return what to do where every mask is empty, or full."""
@@ -349,6 +357,26 @@ def car_of(image: Path) -> str | None:
     """Return Carvana's name of the car: 00087a6bd4dc of 00087a6bd4dc_01.jpg; None for other names."""
     match = re.fullmatch(r"([0-9a-f]{12})_\d\d", image.stem)
     return match[1] if match else None
+
+
+def group_of(image: Path, pattern: re.Pattern | None = None) -> str:
+    """Return what names the object on a photo, by which photos of one object are known.
+
+    With a pattern it is what that finds in the stem, or what its first group does; without one, Carvana's car. A photo
+    that has neither stands for itself.
+    """
+    stem = stem_of(image)
+    if pattern is None:
+        return car_of(image) or stem
+    match = pattern.search(stem)
+    return (match and match[min(1, pattern.groups)]) or stem
+
+
+def check_group(pattern: re.Pattern | None, images: Iterable[Path]) -> None:
+    """Raise UserError where --group finds nothing in any photo's name."""
+    stems = list(map(stem_of, images))
+    if pattern and not any(map(pattern.search, stems)):
+        raise UserError(f"--group {pattern.pattern} finds nothing in any photo's name, such as {stems[0]}: correct it")
 
 
 def describe_rule(data: Samples) -> list[str]:

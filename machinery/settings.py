@@ -62,6 +62,14 @@ def number_or_none(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text} is no number") from error
 
 
+def regex(text: str) -> re.Pattern:
+    """Return the regular expression that a flag's text is."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is no regular expression ({error})") from error
+
+
 @dataclass(frozen=True)
 class Constant:
     """How a script writes one of its constants."""

@@ -73,6 +73,20 @@ def test_nested_folders(download, drawn):
     assert check() == wanted  # the same seed chooses the same cars
 
 
+def test_photos_of_one_object_by_their_names_are_on_one_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "masks"):
+        Path(folder).mkdir()
+        for number in range(12):  # a_0.png, b_0.png, c_0.png, a_1.png, ...
+            Image.new("L", (8, 8), 20 * number).save(f"{folder}/{'abc'[number % 3]}_{number // 3}.png")
+    split("photos", "masks", "--val-share", "0.3", "--group", "^[^_]+")
+    sides = [{path.name[0] for path in Path(f"data/{side}_images").iterdir()} for side in ("train", "val")]
+    assert sorted(map(len, sides)) == [1, 2] and not sides[0] & sides[1]
+    assert "val    4 photos of 1 object in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--group zebra finds nothing in any photo's name, such as "):
+        split("photos", "masks", "--group", "zebra")
+
+
 def test_drawn_cars_and_caches_are_not_gathered(download, drawn):
     shutil.copytree(drawn, "data/sample")
     shutil.copytree(drawn / "train_images", "data/unpacked/train")

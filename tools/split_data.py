@@ -6,7 +6,7 @@
 
 Masks are the files whose names end in _mask. Where there are none, they are those in folders that are named for masks,
 or else those of the second of two sources, and have their photos' names. All photos of one of Carvana's cars are on
-one side.
+one side, or of what --group finds in their names: with --group '^[^_]+' those whose names begin alike.
 
 The next run adds new photos and takes masks that have changed. A photo stays on its side, and what is no longer in the
 sources stays, too. New photos are for training, so that scores compare; --val-share or --seed shares them out. Where
@@ -55,8 +55,8 @@ from machinery.files import (
     sync,
     written_whole,
 )
-from machinery.samples import car_of
-from machinery.settings import Parser
+from machinery.samples import check_group, group_of
+from machinery.settings import Parser, regex
 
 LARGEST = 2**30  # bytes of a photo in a zip: a larger one is a bomb
 MASKS_FOLDER = re.compile(r"mask|label|annot|seg|truth|^gt$", re.IGNORECASE)  # in such a name
@@ -328,11 +328,6 @@ def checksum(file: Path) -> int:
 # The split
 
 
-def group_of(image: Path) -> str:
-    """Return a photo's car; one that is not named as Carvana's stands for itself."""
-    return car_of(image) or stem_of(image)
-
-
 def choose_val_cars(cars: set[str], share: float, seed: int, old: dict[str, str]) -> set[str]:
     """Choose new cars or single photos at random until a share of all is for validation, but neither none nor all.
 
@@ -341,8 +336,7 @@ def choose_val_cars(cars: set[str], share: float, seed: int, old: dict[str, str]
     count, old_val = len(cars) + len(old), list(old.values()).count("val")
     if count < 2:
         one = next(iter(cars | old.keys()))
-        what = f"all photos are of one car, {one}" if car_of(Path(f"{one}_01.jpg")) else f"{one} is the only photo"
-        raise UserError(f"{what}: a second one is needed to validate on")
+        raise UserError(f"all photos are of one object, {one}: a second one is needed to validate on")
     wanted = min(max(1, round(share * count)), count - 1) - old_val
     chosen = np.random.default_rng(seed).permutation(sorted(cars))[: max(0, wanted)].tolist()
     if not 0 < old_val + len(chosen) < count:
@@ -352,22 +346,29 @@ def choose_val_cars(cars: set[str], share: float, seed: int, old: dict[str, str]
 
 
 def choose_sides(
-    photos: list[Path], placed: dict[str, list[Placed]], sides: dict[str, str], share: float | None, seed: int | None
+    photos: list[Path],
+    placed: dict[str, list[Placed]],
+    sides: dict[str, str],
+    share: float | None,
+    seed: int | None,
+    pattern: re.Pattern | None,
 ) -> dict[str, str]:
-    """Return the side of each photo by its stem: where it is, else where it was, else its car's, else a chosen one.
+    """Return the side of each photo by its stem: where it is, else where it was, else its object's, else a chosen one.
 
     `sides` are those where photos were. With neither share nor seed new photos are for training, unless all are new.
     """
+    group = partial(group_of, pattern=pattern)
     there = [pair for pairs in placed.values() for pair in pairs]
+    check_group(pattern, [*photos, *(pair.photo for pair in there)])
     sides = sides | {stem_of(pair.photo): pair.side for pair in there}
-    old = {group_of(photo): sides[stem_of(photo)] for photo in photos if stem_of(photo) in sides}
-    old |= {group_of(pair.photo): pair.side for pair in there}
-    new = {group_of(photo) for photo in photos} - old.keys()
+    old = {group(photo): sides[stem_of(photo)] for photo in photos if stem_of(photo) in sides}
+    old |= {group(pair.photo): pair.side for pair in there}
+    new = {group(photo) for photo in photos} - old.keys()
     if share is None:
         share = 0 if old and seed is None else VAL_SHARE
     val = choose_val_cars(new, share, seed or 0, old)
     of_group = old | {group: "val" if group in val else "train" for group in new}
-    return {stem_of(photo): of_group[group_of(photo)] for photo in photos} | sides
+    return {stem_of(photo): of_group[group(photo)] for photo in photos} | sides
 
 
 @dataclass
@@ -391,13 +392,19 @@ class Plan:
 
 
 def make_plan(
-    pairs: list[tuple[Path, Path]], origins: dict[str, str], data_dir: Path, share: float | None, seed: int | None
+    pairs: list[tuple[Path, Path]],
+    origins: dict[str, str],
+    data_dir: Path,
+    share: float | None,
+    seed: int | None,
+    pattern: re.Pattern | None,
 ) -> Plan:
     """Compare the pairs in the stage with those in data/. Raises UserError where a file would be lost or left alone."""
     placed, before = find_placed(data_dir), Memory.read(data_dir)
     if not placed and (share, seed) != (None, None):  # the user wants another choice
         before = Memory({}, {})
-    after = Memory(choose_sides([image for image, _ in pairs], placed, before.sides, share, seed), before.masks.copy())
+    sides = choose_sides([image for image, _ in pairs], placed, before.sides, share, seed, pattern)
+    after = Memory(sides, before.masks.copy())
     plan = Plan(placed, {stem_of(image) for image, _ in pairs}, before, after)
     for image, mask in pairs:
         stem, (image_file, mask_file) = stem_of(image), (f"images/{image.name}", f"masks/{mask.name}")
@@ -489,6 +496,7 @@ def split(
     how: str,
     suffix: str,
     is_united: bool = False,
+    pattern: re.Pattern | None = None,
 ) -> None:
     """Sort the sources into data_dir's four folders. An error leaves both as they were.
 
@@ -497,6 +505,7 @@ def split(
         how: "copy", "link" or "move".
         suffix: what masks' names end in; "" where they have their photos' names.
         is_united: whether several masks of a photo become one.
+        pattern: what names the object in photos' names; without it Carvana's cars are known.
     """
     stage, plan = data_dir / ".split", None
     remove_leftovers(data_dir, ".split.json")
@@ -504,7 +513,7 @@ def split(
         print(f"Finishing the split that was stopped in {data_dir}; run again for what is new.")
     else:
         origins = gather_all(sources, data_dir, how, suffix, is_united)
-        plan = make_plan(verify(stage, origins, suffix), origins, data_dir, val_share, seed)
+        plan = make_plan(verify(stage, origins, suffix), origins, data_dir, val_share, seed, pattern)
         carry_out(plan, data_dir)
         if how == "move":
             plan.write_originals(origins, stage / "originals.json")
@@ -513,9 +522,9 @@ def split(
     shutil.rmtree(stage)
     for side in SIDES:
         images = images_in(data_dir / f"{side}_images")
-        cars = {group_of(image) for image in images}
-        of_cars = f" of {counted(len(cars), 'car')}" if len(cars) < len(images) else ""
-        print(f"{side:5}  {counted(len(images), 'photo')}{of_cars} in {data_dir}/{side}_images")
+        objects, noun = {group_of(image, pattern) for image in images}, "object" if pattern else "car"
+        of_them = f" of {counted(len(objects), noun)}" if len(objects) < len(images) else ""
+        print(f"{side:5}  {counted(len(images), 'photo')}{of_them} in {data_dir}/{side}_images")
     for line in changes(plan) if plan and plan.placed else ():
         print(line)
 
@@ -546,6 +555,8 @@ def main(argv: list[str] | None = None) -> None:
     suffix = "what masks' names end in, '' where they have their photos' names; it becomes _mask [_mask]"
     parser.add_argument("--mask-suffix", default=MASK_SUFFIX, help=suffix)
     parser.add_argument("--unite", action="store_true", help="several masks of a photo (x_mask, x_mask_1) become one")
+    group = "photos are of one object where this, or its first (group), finds the same in their names [Carvana's cars]"
+    parser.add_argument("--group", type=regex, metavar="REGEX", help=group)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--move", dest="how", action="store_const", const="move", help="delete the originals in folders")
     how.add_argument(
@@ -564,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.data_dir.mkdir(parents=True, exist_ok=True)
         with locked(args.data_dir / ".split.lock", f"--data-dir {args.data_dir}"):
-            split(args.sources, args.data_dir, args.val_share, args.seed, how, suffix, args.unite)
+            split(args.sources, args.data_dir, args.val_share, args.seed, how, suffix, args.unite, args.group)
     except OSError as error:
         place, advice = error.filename or args.data_dir, remedy_of(error)
         raise UserError(f"{place}: {reason_of(error)}: {advice}, or choose another --data-dir") from error
