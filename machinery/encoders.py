@@ -138,7 +138,7 @@ def timm_with(name: str) -> ModuleType:
     except RuntimeError as error:  # from torchvision, which timm imports, and which was built for another torch
         raise UserError(f"timm cannot be imported ({error}): pip install --upgrade timm torch torchvision") from error
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models()) or ["resnet34", "convnext_tiny"]
+        close = difflib.get_close_matches(name, timm.list_models()) or ["tf_efficientnet_lite0", "resnet34"]
         raise UserError(f"timm {timm.__version__} has no encoder {name!r}: set ENCODER to {' or '.join(close)}")
     if (family := name.partition(".")[0]) != name and name not in (known := timm.list_pretrained(f"{family}.*")):
         raise UserError(f"timm has no weights {name!r}: set ENCODER to {' or '.join(known) or family}")
