@@ -165,7 +165,8 @@ def test_few_photos(project):
     mask = sorted(Path("data/val_masks").iterdir())[0]
     Image.new("L", Image.open(mask).size).save(mask)
     cross_validate.main([*FLAGS, *flags])
-    assert sorted(fold_of().values()) == [1, 2, 3, 4] and len(list(Path("runs").glob("fold_*/*_best*"))) == 4
+    networks = list(Path("runs").glob("fold_*/my_checkpoint_best.pth.tar"))
+    assert sorted(fold_of().values()) == [1, 2, 3, 4] and len(networks) == 4
 
 
 def test_errors_are_one_sentence(project, monkeypatch):
@@ -180,11 +181,14 @@ def test_errors_are_one_sentence(project, monkeypatch):
     assert error_of("--group", "zebra").startswith("error: --group zebra finds nothing in any photo's name, such as ")
     assert "--group: ( is no regular expression" in error_of("--group", "(")
     assert error_of("--checkpoint", "x").startswith("error: --checkpoint is each fold's own: leave it out")
+    monkeypatch.setattr(cross_validate.processes, "WORLD_SIZE", 2)
+    assert "start it without torchrun" in error_of()
+    monkeypatch.setattr(cross_validate.processes, "WORLD_SIZE", 1)
     assert error_of("--batch-size", "0").startswith("error: BATCH_SIZE is 0")
     assert "--zebra" in error_of("--zebra")
     for mask in sorted(Path("data/train_masks").iterdir()) + sorted(Path("data/val_masks").iterdir())[2:]:
         Image.new("L", Image.open(mask).size).save(mask)
-    assert re.fullmatch(r"error: without fold \d of 6 every mask is empty: add photos, or fewer --folds",
+    assert re.fullmatch(r"error: without fold \d of 6 every mask is empty: add photos, or give fewer --folds",
                         error_of("--folds", "6"))  # fmt: skip
     assert not list(Path("runs").glob("fold_*"))
 
@@ -286,7 +290,8 @@ def test_photos_of_one_object_are_known_by_name_and_by_pixels():
         folds.groups_of(images, range(7), regex("zebra"))
 
 
-def test_the_interval_covers_the_mean_of_many_groups_and_is_wider_for_groups_than_for_photos():
+def test_the_interval_covers_the_mean_of_many_groups_and_is_wider_for_groups_than_for_photos(monkeypatch):
+    monkeypatch.setattr(folds, "RESAMPLES", 1000)
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(10), 4)
     covered, widths = [], []
