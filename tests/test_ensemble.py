@@ -13,6 +13,7 @@ from PIL import Image
 import predict
 import utils
 from machinery import decoding
+from machinery.checkpoints import FORMAT
 from machinery.decoding import Rule
 from machinery.errors import UserError
 from model import UNet
@@ -25,7 +26,8 @@ def save(name: str, seed: int, rule: Rule | None = None, encoder: str | None = N
     torch.manual_seed(seed)
     model = UNet(encoder=encoder) if encoder else UNet(3, 1, (8, 16))
     torch.nn.init.normal_(model.head.weight)
-    state = {"model": model.config, "state_dict": model.state_dict(), "preprocessing": PREPROCESSING | preprocessing}
+    state = {"format": FORMAT, "model": model.config, "state_dict": model.state_dict()}
+    state["preprocessing"] = PREPROCESSING | preprocessing
     if rule:
         state["rule"] = asdict(rule)
     utils.save_checkpoint(state, Path(name))
