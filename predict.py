@@ -29,6 +29,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # or waiting threads take the cores from other jobs, and these from us
+
 import cv2
 import numpy as np
 import torch

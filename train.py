@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or each import of it asks the network for a newer version
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # or waiting threads take the cores from other jobs, and these from us
+
+import albumentations as A
 import cv2
 import torch
 from torch import Tensor, nn
-
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or each import of it asks the network for a newer version
-import albumentations as A
 
 from dataset import CarvanaDataset, CropDataset
 from machinery import processes
