@@ -260,7 +260,7 @@ def test_no_timm(project, run_train, monkeypatch):
 
 def test_a_name_that_does_not_exist(project, run_train):
     assert "has no encoder 'resnet43': set ENCODER to resnet34 or" in refusal(run_train, "--encoder", "resnet43")
-    assert "has no encoder 'x y': set ENCODER to resnet34 or" in refusal(run_train, "--encoder", "x y")
+    assert "has no encoder 'x y': set ENCODER to tf_efficientnet_lite0 or" in refusal(run_train, "--encoder", "x y")
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mambaout_femto"])
