@@ -122,9 +122,9 @@ def test_settings_are_settled_before_training_and_never_written_afterwards(proje
         def __setattr__(self, name: str, value: object) -> None:
             raise AssertionError(f"{name} was set")
 
-    def train_settled(s: SimpleNamespace) -> None:
+    def train_settled(s: SimpleNamespace, *given: object) -> None:
         before = vars(s).copy()
-        train_(Settled(**before))
+        train_(Settled(**before), *given)
         assert vars(s) == before
 
     leave_photos(8, 4)
