@@ -105,7 +105,7 @@ class FrozenBatchNorm(nn.Module):
 def is_slow_in_bf16(layer: nn.Module) -> bool:
     """Return whether a layer is a depthwise convolution of which CPUs compute the weights' gradient slowly in bf16.
 
-    Those of 5 x 5 or stride 2 take 4 to 6 times as long as in float32, and half of the whole step.
+    Those of 5 x 5 or stride 2 took 4 to 6 times as long as in float32 on a CPU with AMX, and half of the whole step.
     """
     is_depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
     return is_depthwise and (max(layer.kernel_size) > 3 or max(layer.stride) > 1)
