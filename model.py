@@ -82,7 +82,7 @@ class UNet(nn.Module):
             encoder.load_pretrained() makes it worth having.
         tile: (height, width) of the tiles in which it sees larger images in eval mode; None shows it whole images.
         full_size_decoder: whether the decoder of an encoder goes on to full size, as it did until format 6 of
-            checkpoints: two to four times slower, and no better (docs/encoders.md).
+            checkpoints: two to four times slower, and no better (docs/measurements.md).
 
     UNet(**model.config) builds the same network again.
     """
