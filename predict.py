@@ -132,7 +132,7 @@ class Predictor(nn.Module):
 
     @property
     def tile(self) -> tuple[int, int] | None:
-        """(height, width) of the tiles in which the network sees larger photos."""
+        """Return the (height, width) of the tiles in which the network sees larger photos, or None."""
         return getattr(self.network, "tile", None)
 
     @property

@@ -1,4 +1,4 @@
-"""What training and prediction share: loaders, checkpoints, pixel accuracy / Dice / IoU, saved masks."""
+"""Loaders, checkpoints, pixel accuracy / Dice / IoU and saved masks, for training and prediction."""
 
 import atexit
 import multiprocessing

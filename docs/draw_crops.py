@@ -15,7 +15,7 @@ SHOWN = "005", np.s_[300:700, 300:700]  # of the validation photos
 
 
 def draw_line(random: np.random.Generator, width: int) -> np.ndarray:
-    """A curved line's share of each pixel, float32 (SIDE, SIDE), drawn at four times the size."""
+    """Return a curved line's share of each pixel, float32 (SIDE, SIDE), drawn at four times the size."""
     angle, place, turn = random.uniform(0, 2 * np.pi), random.uniform(50, SIDE - 50, 2), 0.0
     places = [place]
     for _ in range(int(random.uniform(60, 170))):
@@ -29,7 +29,7 @@ def draw_line(random: np.random.Generator, width: int) -> np.ndarray:
 
 
 def draw_photo(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A photo of a rough surface, uint8 (SIDE, SIDE), and its mask: lines, but not the darker hairs, 1 or 2 wide."""
+    """Return a photo of a rough surface, uint8 (SIDE, SIDE), and its mask: lines, but not the thin, darker hairs."""
     random = np.random.default_rng(seed)
     photo = np.zeros((SIDE, SIDE), np.float32)
     for cells, height in ((4, 14), (16, 8), (64, 6), (256, 7), (512, 7), (1024, 8)):

@@ -18,7 +18,7 @@ LEVEL_TOP = (110, 430, 635, 780, 895)  # of each level's feature maps, in pixels
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Output shape (C, H, W) of each layer by its name, for one image of the default size; nothing is computed."""
+    """Return the output shape (C, H, W) of each layer by its name, for one image of the default size."""
     shapes = {}
     for name, layer in model.named_modules():
         layer.register_forward_hook(lambda _, __, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
@@ -39,14 +39,14 @@ class Sheet:
         self.pen.rectangle([v * SCALE for v in (x0, y0, x1, y1)], fill=colour, outline="white", width=SCALE)
 
     def arrow(self, x0: float, y0: float, x1: float, y1: float, colour: str) -> None:
-        """A straight arrow, level or upright."""
+        """Draw a straight arrow, level or upright."""
         self.pen.line([v * SCALE for v in (x0, y0, x1, y1)], fill=colour, width=3 * SCALE)
         dx, dy = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
         tip = ((x1, y1), (x1 - 9 * dx - 5 * dy, y1 - 9 * dy - 5 * dx), (x1 - 9 * dx + 5 * dy, y1 - 9 * dy + 5 * dx))
         self.pen.polygon([(x * SCALE, y * SCALE) for x, y in tip], fill=colour)
 
     def maps(self, x: float, level: int, shape: tuple[int, ...], colour: str = CONV, label: str | None = None) -> float:
-        """One layer's feature maps as a slab, its channels above it; returns the x at its right edge."""
+        """Draw a layer's feature maps as a slab, its channels above it; return the x at its right edge."""
         channels, height, _ = shape
         width, top = 2.2 * channels**0.5, LEVEL_TOP[level]
         self.box(x, top, x + width, top + 1.5 * height, colour)
@@ -64,7 +64,7 @@ def draw(model: UNet, path: Path) -> None:
         return LEVEL_TOP[level] + 0.75 * IMAGE_HEIGHT / 2**level
 
     def block(name: str, x: float, level: int) -> float:
-        """The two convolutions of a DoubleConv."""
+        """Draw the two convolutions of a DoubleConv."""
         for layer in ("layers.0", "layers.3"):
             sheet.arrow(x + 4, middle(level), x + 26, middle(level), CONV)
             x = sheet.maps(x + 30, level, shapes[f"{name}.{layer}"])

@@ -1,1 +1,1 @@
-"""What training, prediction and the tools stand on; to change a recipe, nobody needs to open it."""
+"""The modules that training, prediction and the tools share; to change a recipe, nobody needs to open them."""

@@ -1,4 +1,4 @@
-"""What a run keeps: its state, the files that hold it, and what may continue with them."""
+"""A run's state, the files that keep it, and which run may continue with them."""
 
 import math
 import os
@@ -226,12 +226,12 @@ class State:
 
     @property
     def epochs(self) -> int:
-        """How many epochs have ended with a validation."""
+        """Return how many epochs have ended with a validation."""
         return self.history[-1]["epoch"] if self.history else 0
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken, without the time between its processes."""
+        """Return the seconds that the run has taken, without the time between its processes."""
         return self.spent + time.monotonic() - self.started
 
     def state_dict(self) -> dict:
@@ -263,7 +263,7 @@ class State:
 
 
 def restore(optimizer: torch.optim.Optimizer, name: str, state: dict) -> None:
-    """Continues with the state dict of an optimizer of that name, at today's rates. Raises UserError for another's."""
+    """Continue with the state dict of an optimizer of that name, at today's rates. Raises UserError for another's."""
     todays = [dict(group, params=None) for group in optimizer.param_groups]
     try:
         if name != (now := type(optimizer).__name__):

@@ -50,7 +50,7 @@ Size = tuple[int, int] | float | None  # to which photos are resized: (height, w
 
 @dataclass
 class Note:
-    """What the files of a pair hold, as far as the meaning of the set's values depends on it."""
+    """Notes of the values in a pair's files, as far as the meaning of the set's values depends on it."""
 
     levels: list[float] | None  # of a photo with more than 8 bits a channel: 33 quantiles, from 0.1 to 99.9 %
     kind: str  # of the mask's values: "colours", "jpeg", or the name of their type
@@ -68,7 +68,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Rule:
-    """What the values of a set's files mean, the same for all of them; made from notes of the training files.
+    """The meaning of the values in a set's files, the same for all of them; made from notes of the training files.
 
     Photos with more than 8 bits a channel: `low` becomes 0 and `high` 255. They are the 0.1 and 99.9 % quantiles over
     all photos, or None where there was no such photo: then each has its own.

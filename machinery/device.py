@@ -1,4 +1,4 @@
-"""Where the network computes, and in which precision."""
+"""The device on which the network computes, and its precision."""
 
 import copy
 import ctypes
@@ -34,7 +34,7 @@ class Device:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """channels_last, in which CPU and CUDA convolve fastest; on MPS BatchNorm's backward pass is wrong with it.
+        """Return channels_last, with which CPU and CUDA convolve fastest; on MPS BatchNorm's gradient is wrong with it.
 
         https://github.com/pytorch/pytorch/issues/175189
         """
@@ -66,7 +66,7 @@ class Device:
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """mean and std of values from 0 to 255, kept on the device: to send them there would wait for it."""
+        """Return mean and std of values from 0 to 255, kept on the device: to send them there would wait for it."""
         return tuple(255 * torch.tensor(values, device=self.device) for values in (self.mean, self.std))
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""How long a run is: its photos, its epochs, when it is validated, and what time that takes."""
+"""The length of a run: its photos, its epochs, when it is validated, and what time that takes."""
 
 import math
 import time
@@ -40,27 +40,27 @@ class Length:
 
     @property
     def total(self) -> int:
-        """How many photos the whole run trains on, each as often as it comes."""
+        """Return how many photos the whole run trains on, each counted as often as it comes."""
         return self.state.plan["photos"] if self.state.plan else self.s.num_epochs * self.photos
 
     @property
     def num_epochs(self) -> int:
-        """NUM_EPOCHS, or what was chosen for MINUTES, of which the last epoch may be a part."""
+        """Return NUM_EPOCHS, or the number that was chosen for MINUTES, whose last epoch may be a part of one."""
         return math.ceil(self.total / self.photos)
 
     @property
     def done(self) -> int:
-        """How many photos the run has trained on."""
+        """Return how many photos the run has trained on so far."""
         return self.state.epochs * self.photos + self.state.epoch.images
 
     @property
     def epoch(self) -> int:
-        """The number, from 1, of the epoch under way, or of the one that has just ended."""
+        """Return the number, from 1, of the epoch under way, or of the one that has just ended."""
         return self.state.epochs + max(1, math.ceil(self.state.epoch.images / self.photos))
 
     @property
     def until_validation(self) -> int:
-        """How many photos lie between the last validation and the next."""
+        """Return how many photos lie between the last validation and the next."""
         epochs = (self.state.epochs // self.every + 1) * self.every
         return min(epochs * self.photos, self.total) - self.state.epochs * self.photos
 

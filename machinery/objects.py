@@ -99,7 +99,7 @@ class Objects:
 
     @cached_property
     def places(self) -> np.ndarray:
-        """A pixel of each object, x and y, (n, 2): the one at its centroid, or else its first."""
+        """Return a pixel of each object, x and y, (n, 2): the one at its centroid, or else its first."""
         places = self.centroids.round().astype(int)
         for number in np.flatnonzero(self.labels[places[:, 1], places[:, 0]] != np.arange(1, len(self) + 1)):
             left, top, width, _ = self.boxes[number]

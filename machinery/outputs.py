@@ -1,4 +1,4 @@
-"""What predict.py writes: pictures, tables, outlines for LabelMe, and COCO's file."""
+"""The files that predict.py writes: pictures, tables, outlines for LabelMe, and COCO's file."""
 
 import argparse
 import csv
@@ -31,7 +31,7 @@ TINT, OUTLINE = (255, 0, 80), (255, 230, 0)  # of an overlay
 
 
 class Prediction:
-    """What the outputs are drawn from: a photo, uint8 (H, W, 3), its probabilities, float32 (H, W), and the flags.
+    """The source of all outputs: a photo, uint8 (H, W, 3), its probabilities, float32 (H, W), and the flags.
 
     `path` is the photo's. Objects of fewer than `min_area` pixels are removed, from the probabilities as well, and with
     `largest` all but the largest one.
@@ -75,7 +75,7 @@ class Prediction:
 
     @cached_property
     def alpha(self) -> Image.Image:
-        """The object's opacity, and no more than the photo's own, which may be larger than what is drawn."""
+        """Return the object's opacity, which is at most the photo's own, reduced to what is drawn."""
         alpha, opacity = soft_edge(self.probabilities, self.args.threshold), read_opacity(self.path)
         if self.specks is not None:  # their soft edges go with them
             alpha[cv2.dilate(self.mask, np.ones((7, 7), np.uint8)) == 0] = 0
@@ -85,7 +85,7 @@ class Prediction:
 
     @cached_property
     def object(self) -> Image.Image:
-        """The photo, with the object's own colours along its edge."""
+        """Return the photo, with the object's own colours along its edge."""
         return Image.fromarray(clean_edge(self.photo, np.asarray(self.alpha)))
 
     def on_background(self) -> Image.Image:

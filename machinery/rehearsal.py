@@ -21,7 +21,7 @@ from machinery.samples import Samples
 
 
 class Steps:
-    """What train_epoch trains on in place of a Run: so many real batches, at the beginning of the schedule."""
+    """Stands in for a Run in train_epoch: some real batches, at the beginning of the schedule."""
 
     progress = 0.0
 

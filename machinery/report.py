@@ -1,4 +1,4 @@
-"""What a run leaves to look at: predictions, overlays, curves, and a page to browse them."""
+"""The pictures of a run: predictions, overlays, curves, and a page to browse them."""
 
 import base64
 import copy

@@ -62,7 +62,7 @@ def one_class(dice: list[float], foreground: np.ndarray) -> str | None:
 
 
 class Run:
-    """What surrounds the training of a state.
+    """Surrounds the training of a state.
 
     Args:
         loader, val_loader: of the training and the validation photos.
@@ -120,7 +120,7 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """How much of the whole run is done, from 0 to 1."""
+        """Return how much of the whole run is done, from 0 to 1."""
         return self.length.done / self.length.total
 
     @property

@@ -72,7 +72,7 @@ def regex(text: str) -> re.Pattern:
 
 @dataclass(frozen=True)
 class Constant:
-    """How a script writes one of its constants."""
+    """The way in which a script writes one of its constants."""
 
     may_be_none: bool  # X: str | None = "a"
     is_tuple: bool  # X: tuple[int, ...] | None = None

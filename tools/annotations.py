@@ -45,7 +45,7 @@ class Shape:
 
 @dataclass
 class Annotation:
-    """What a file says of a photo."""
+    """The objects that a file describes on a photo."""
 
     file: Path
     photo: str  # its name or path as the file gives it, or its stem, or nothing
@@ -379,7 +379,7 @@ def run_length_table(file: Path) -> list[Annotation]:
 
 @dataclass
 class Columns:
-    """Which columns of a table hold what."""
+    """The meaning of a table's columns."""
 
     runs: str
     photo: str

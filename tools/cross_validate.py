@@ -68,7 +68,7 @@ def folders_of(s: SimpleNamespace, given: set[str]) -> list[tuple[Path, Path]]:
 
 @dataclass
 class Folds:
-    """All photos, and what each fold holds out of them."""
+    """All photos, and those that each fold holds out."""
 
     learned: CarvanaDataset  # as training reads them
     shown: CarvanaDataset  # the same photos in the same order, as validation reads them
@@ -221,7 +221,7 @@ def train_all(s: SimpleNamespace, args: SimpleNamespace, folds: Folds, flags: li
 
 @dataclass
 class HeldOut:
-    """What a network says of a photo that it has not learned from."""
+    """A network's verdict on a photo that it has not learned from."""
 
     index: int
     dice: float  # at the photo's original size

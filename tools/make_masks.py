@@ -253,7 +253,7 @@ def leave_out_unclear(pairs: list[Pair], labels: list[str], ignored: list[str]) 
 
 @dataclass
 class Row:
-    """What was drawn of an annotation."""
+    """The result of drawing an annotation."""
 
     areas: Counter  # pixels of each label's shapes
     covered: Counter  # pixels of the object that each other label covers

@@ -82,7 +82,7 @@ class Source:
 
     @property
     def place(self) -> Path:
-        """The folder, or the zip file's folder, in which it lies."""
+        """Return the folder, or the zip file's folder, in which it lies."""
         return Path(self.origin).parent
 
 
@@ -300,7 +300,7 @@ def images_in(folder: Path) -> list[Path]:
 
 @dataclass
 class Memory:
-    """What data/.split.json keeps by the photos' stems: their sides, and checksums of masks as the sources had them."""
+    """The content of data/.split.json, by the photos' stems: their sides, and checksums of the masks in the sources."""
 
     sides: dict[str, str]
     masks: dict[str, int]
@@ -373,7 +373,7 @@ def choose_sides(
 
 @dataclass
 class Plan:
-    """What a run changes in data/."""
+    """The changes that a run makes in data/."""
 
     placed: dict[str, list[Placed]]  # what was there before
     stems: set[str]  # of the sources' photos
