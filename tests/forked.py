@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import SMALL, draw_no_curves
+from conftest import SMALL, draw_few_pictures
 from torch.distributed import TCPStore
 
 import train
-from machinery import errors, processes, report
+from machinery import errors, processes
 
 ROOT = Path(train.__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -60,10 +60,10 @@ class Forked(CONTEXT.Process):
 
 
 class Training(Forked):
-    """A run of a tiny network at a tiny size, without curves."""
+    """A run of a tiny network at a tiny size, with few pictures."""
 
     def main(self) -> None:
-        report.draw_curves = draw_no_curves
+        draw_few_pictures()
         errors.run(lambda: train.main([*SMALL, *self.flags]))
 
 

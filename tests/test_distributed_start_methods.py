@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, same, weights
+from conftest import SMALL, leave_photos, same, weights
 from forked import Script
 
 SCRIPT = Path(__file__).with_name("train_with.py")
@@ -15,6 +15,7 @@ FLAGS = [*SMALL, "--num-epochs", "2"]
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_signals_reach_workers_at_any_moment_and_the_weights_are_the_same(method, project, run_train):
+    leave_photos(24, 4)
     run_train("--num-epochs", "2")  # without workers
     wanted = weights()
     Path("my_checkpoint.pth.tar").unlink()

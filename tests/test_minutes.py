@@ -21,7 +21,6 @@ import utils
 from machinery import errors, rehearsal
 from machinery.errors import UserError
 from machinery.length import Length
-from machinery.report import Report
 from machinery.runs import Run
 
 CHECKPOINT = Path("my_checkpoint.pth.tar")
@@ -65,18 +64,9 @@ class Clock:
             monkeypatch.setattr(train, name, function)
         for name in ("monotonic", "perf_counter"):
             monkeypatch.setattr(time, name, lambda: self.now)
-        monkeypatch.setattr(Report, "begin", begin_the_last)  # pictures take these runs most of their time
 
     def minutes(self) -> float:
         return (self.now - 1000) / 60
-
-
-BEGIN = Report.begin
-
-
-def begin_the_last(report: Report, epoch: int, is_last: bool) -> object:
-    report.is_drawing = is_last
-    return BEGIN(report, epoch, is_last) if is_last else None
 
 
 def chosen() -> tuple[int, int]:
