@@ -19,10 +19,10 @@ from machinery.transforms import augment, check_transforms
 if TYPE_CHECKING:  # predict.py uses this module without it
     import albumentations as A
 
-CROPS = 8  # of each photo in an epoch
-MARGIN = 0.3  # of a crop's longer side that is read around it, so that scaling and rotation find real surroundings
+CROPS = 8  # an epoch has so many crops of each photo
+MARGIN = 0.3  # of a crop's longer side is read around it, so that scaling and rotation find real surroundings
 SMALL = 128  # pixels: crops of this height and width may be larger than every photo
-VAL_PHOTOS = 32  # that an epoch's validation takes at most: one of 1918 x 1280 pixels costs as much as 64 of 160 x 240
+VAL_PHOTOS = 32  # with crops, a validation takes so many photos at most: one of 1918 x 1280 costs 64 of 160 x 240
 
 Key = int | tuple[int, int, int]  # an index, or (epoch, position in the epoch, index)
 
@@ -83,10 +83,10 @@ class CarvanaDataset(Samples, Dataset):
         return self.pairs[index][0]
 
     def part_to_validate(self, crop: tuple[int, int] | None) -> tuple["CarvanaDataset", tuple[int, int] | None]:
-        """Return what an epoch validates on, and the (height, width) at which pictures show it, if not at its own.
+        """Return the photos for an epoch's validation, and their pictures' (height, width), or None for their own.
 
-        That is all of a prepared set, or with crops VAL_PHOTOS of it, of which pictures are reduced until the median
-        photo's longer side is a crop's.
+        Without crops: all photos. With crops: VAL_PHOTOS of them; their pictures have the median photo's shape, reduced
+        until its longer side is a crop's.
         """
         if not crop:
             return self, None
@@ -99,7 +99,7 @@ class CropDataset(CarvanaDataset):
     """Crops of images with binary masks; each depends on (seed, epoch, photo, number of the crop) alone.
 
     A third of them is centred on a pixel of the foreground, where there is any; the others lie anywhere. A crop is the
-    middle of a larger window after augmentation. What lies beyond the photo is mirrored, and void in the mask.
+    middle of a larger window after augmentation. Beyond the photo, images are mirrored and masks are void (ignored).
 
     Args:
         crop: (height, width) of every sample.
@@ -121,7 +121,8 @@ class CropDataset(CarvanaDataset):
         crop = np.array(self.crop)
         room = np.array(mask.shape) - crop
         start = np.floor(random.random(2) * (room + 1)).astype(int)
-        if random.random() < 1 / 3 and (place := random.choice(self.infos["places"][photo])) >= 0:
+        place = random.choice(self.infos["places"][photo]) if random.random() < 1 / 3 else -1
+        if place >= 0:  # the number of a foreground pixel; without any, all places are -1
             start = np.array(np.unravel_index(place, mask.shape)) - crop // 2
         start = np.where(room < 0, room // 2, start.clip(0, room.clip(0)))
         image, mask = cut(image, mask, start - self.margin, self.window)
@@ -135,7 +136,7 @@ class CropDataset(CarvanaDataset):
         return height + 2 * self.margin, width + 2 * self.margin
 
     def prepare(self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple | None = None) -> None:
-        """Prepare the photos, and check that crops are no larger than all of them."""
+        """Prepare the photos, and check that a crop is no larger than the largest of them."""
         super().prepare(cache_dir, rule, foreground_values)
         height, width = np.max([self.size_of(photo) for photo in range(len(self.pairs))], 0)
         if self.crop[0] > max(height, SMALL) or self.crop[1] > max(width, SMALL):
@@ -167,8 +168,8 @@ def cut(
 class Batches(Sampler):
     """Yields batches of (epoch, position, index): all images in their order, or with a seed shuffled by (seed, epoch).
 
-    Shuffled batches are full: the order continues with its own beginning. Others end with what is left.
-    Under torchrun: this process's shard, which repeats an image where others have one more; that one does not count.
+    The last shuffled batch is filled with the order's first images; another last batch may be smaller. Under torchrun
+    each process gets its shard. A short shard repeats an image, which is not counted.
     """
 
     def __init__(self, length: int, size: int, seed: int | None = None) -> None:

@@ -54,8 +54,8 @@ class DoubleConv(nn.Module):
 class UpConv(nn.ConvTranspose2d):
     """Twice the height and width, (N, in_channels, H, W) -> (N, out_channels, 2 H, 2 W), for a 2x2 kernel and stride 2.
 
-    Each pixel gives 2 x 2 new ones, by one matrix product. PyTorch's own way back through it takes 10 % of a step on a
-    CPU with AMX, four times this one's.
+    Each pixel gives 2 x 2 new ones, by one matrix product. PyTorch's own backward pass takes four times as long on CPUs
+    with AMX.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ class UNet(nn.Module):
             self.bottleneck = DoubleConv(channels, channels * 2)
             channels *= 2
         self.multiple = 2 ** len(skips)
-        if not full_size_decoder:
-            skips = skips[next(stage for stage, skip in enumerate(skips) if skip) :]
+        while not full_size_decoder and not skips[0]:  # no channels: the encoder has no features of that size
+            skips = skips[1:]
         self.block = self.multiple // 2 ** len(skips)  # pixels, along each side, for which the head gives logits
 
         self.ups = nn.ModuleList()  # give twice the height and width, and the stage's channels
@@ -180,11 +180,11 @@ class UNet(nn.Module):
 def build_network(config: dict, checkpointing: bool = False) -> nn.Module:
     """Make the network that is trained, exported and predicted with. To use another one, return it here.
 
-    It takes images, float32 (N, 3, H, W), and returns logits, (N, 1, H, W). That is all that it must do. What it has of
-    these attributes is used:
+    It takes images, float32 (N, 3, H, W), and returns logits, (N, 1, H, W). That is all that it must do. These
+    attributes are optional:
 
-    - `head`: its last layer. Without it, a convolution with one output channel counts as the last layer, whose bias
-      makes the first prediction, and which Muon leaves to Adam.
+    - `head`: its last layer. Its bias sets the first prediction, and Adam trains it, not Muon. Without `head`, the last
+      convolution with one output channel is taken.
     - `encoder`: a part that ENCODER names, with load_pretrained(file). Adam changes its weights little.
     - `checkpointing`: whether it keeps few activations, as ACTIVATION_CHECKPOINTING asks.
     - `tile`: the (height, width) of the tiles in which it sees larger images in eval mode, or None. CROP and
@@ -260,7 +260,7 @@ def size_multiple(features: tuple[int, ...]) -> int:
 
 
 def update_batch_norm(loader: DataLoader, epoch: int, model: nn.Module, device: Device) -> None:
-    """Set BatchNorm's running statistics to those of an epoch's last 64 images or more, with today's weights.
+    """Set BatchNorm's running statistics to those of an epoch's last 64 images or more, with the current weights.
 
     Those kept while training lag behind weights that move fast: Dice after the first epoch was 0.66, with this 0.94.
     From 16 images they vary: a seed of the quick start reached 0.937 instead of 0.956. Layers of other classes, such as
@@ -280,7 +280,7 @@ def update_batch_norm(loader: DataLoader, epoch: int, model: nn.Module, device: 
 # Large images
 
 
-TILES = 4  # that the network sees at once
+TILES = 4  # the network sees so many tiles at once
 
 
 def round_up(length: int, multiple: int) -> int:

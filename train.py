@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or each import of it asks the network for a newer version
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # or waiting threads take the cores from other jobs, and these from us
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or each import of it asks the internet for a newer version
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads wait briefly, or two runs slow each other down fivefold
 
 import albumentations as A
 import cv2
@@ -43,28 +43,28 @@ TRAIN_MASK_DIR = "data/train_masks"
 VAL_IMG_DIR = "data/val_images"
 VAL_MASK_DIR = "data/val_masks"
 MASK_SUFFIX = "_mask"  # the mask of xxx.jpg is xxx_mask.gif (or .png, ...), or plain xxx.png
-FOREGROUND_VALUES: tuple[int, ...] | str | None = None  # (15,): of the masks' labels; "labels": all but 0; "brightness"
+FOREGROUND_VALUES: tuple[int, ...] | str | None = None  # (15,): label 15 alone; "labels": all but 0; "brightness"
 CACHE_DIR: str | None = "data/cache"  # for decoded photos, 4 bytes a pixel; None decodes them in every epoch
 
 # The network, and the size at which it sees photos. Larger finds finer edges; time and memory grow with the area.
 IMAGE_HEIGHT = 160  # pixels, at least 16; Carvana's photos are 1280
 IMAGE_WIDTH = 240  # pixels, at least 16; Carvana's photos are 1918
-CROP: tuple[int, int] | None = None  # height and width of crops at (nearly) full size instead: for small, thin things
-SCALE = 1.0  # with CROP, the size of photos as a share of their own
+CROP: tuple[int, int] | None = None  # height and width of crops to train on, not whole photos: for small, thin things
+SCALE = 1.0  # with CROP, the share of their size to which photos are reduced before
 FEATURES = (64, 128, 256, 512)  # channels of each stage; (16, 32, 64, 128) is 16 times faster and less exact
-ENCODER: str | None = None  # a pretrained network of timm as encoder, such as "resnet34": learns from few photos
+ENCODER: str | None = None  # a pretrained network of timm, such as "tf_efficientnet_lite0": learns from few photos
 ENCODER_WEIGHTS: str | None = None  # a file of its weights; None downloads them
 
 # The recipe.
 NUM_EPOCHS = 3  # in total; more for few photos, or when Dice still rises at the end
-MINUTES: float | None = None  # that the run takes; it then chooses NUM_EPOCHS for them, from a rehearsal
+MINUTES: float | None = None  # how long the run may take; it tries a few steps first and chooses NUM_EPOCHS
 BATCH_SIZE = 4  # images in a step, of all processes together; smaller if memory runs out
 LEARNING_RATE = 0.05  # Muon's, at its peak after a warm-up; smaller if the loss jumps
 WEIGHT_DECAY = 0.01  # kernels shrink by LEARNING_RATE times this in a step; larger against overfitting
 ACCUMULATION = 1  # parts in which a step's images are computed, one after the other: each needs less memory
 CLIP_NORM = 0.0  # longer gradients are cut to this norm, so that no batch outweighs the others; 0 cuts none
-DICE_WEIGHT = 0.0  # of soft Dice beside cross-entropy; in docs/crops.md it costs calibration and gains nothing
-SEED = 0  # of weights, order and augmentation
+DICE_WEIGHT = 0.0  # weight of soft Dice beside cross-entropy; it gained nothing (docs/measurements.md)
+SEED = 0  # for initial weights, order and augmentation
 
 # The machine.
 DEVICE = "auto"  # "cuda", "cuda:1", "mps" or "cpu"; "auto" takes the first that is there
@@ -77,7 +77,7 @@ NUM_WORKERS = -1  # processes that load images; -1 chooses, 0 loads in this one
 LOAD_MODEL = False  # True continues from CHECKPOINT
 START_FROM: str | None = None  # a checkpoint whose weights a new run begins with: for other photos or another size
 CHECKPOINT = "my_checkpoint.pth.tar"  # the newest state; the best weights go to my_checkpoint_best.pth.tar
-CHECKPOINT_MINUTES = 10.0  # between two checkpoints, of which every epoch's end has one, too
+CHECKPOINT_MINUTES = 10.0  # at most between two checkpoints; each validation writes one, too
 SAVED_IMAGES_DIR = "saved_images"  # pictures, metrics.csv, and a page to browse them: index.html
 TENSORBOARD_DIR: str | None = None  # "runs" for those who use TensorBoard
 
@@ -98,19 +98,19 @@ def make_augmentation() -> A.Compose:
     )
 
 
-def image_losses(logits: Tensor, masks: Tensor, dice_weight: float = 0.0) -> Tensor:
+def image_losses(logits: Tensor, masks: Tensor) -> Tensor:
     """Return each image's loss, (N,), from float32 logits and masks (N, 1, H, W).
 
-    Masks are nan where they are void (ignored pixels), which does not count.
+    Masks are nan where pixels are ignored (void): these do not count.
     """
     known, masks = ~masks.isnan(), masks.nan_to_num()
     losses = nn.functional.binary_cross_entropy_with_logits(logits, masks, reduction="none") * known
     losses = losses.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
-    return losses + dice_weight * soft_dice_losses(logits, masks, known) if dice_weight else losses
+    return losses + DICE_WEIGHT * soft_dice_losses(logits, masks, known) if DICE_WEIGHT else losses
 
 
 def soft_dice_losses(logits: Tensor, masks: Tensor, known: Tensor) -> Tensor:
-    """Return 1 - Dice of each image, (N,), with probabilities in place of a prediction, which can be differentiated.
+    """Return 1 - Dice of each image, (N,), computed from probabilities, so that it has a gradient.
 
     All three are (N, 1, H, W). 1 is added to both sides of the fraction, for images without foreground. V-Net's loss
     squares the probabilities below the line: https://arxiv.org/abs/1606.04797
@@ -136,7 +136,7 @@ def train_step(state: State, images: Tensor, masks: Tensor, device: Device, s: S
         with processes.no_sync(state.forward, is_last=number == len(parts)):
             with device.autocast():
                 logits = state.forward(some_images)
-            loss = image_losses(logits.float(), some_masks, s.dice_weight).sum()
+            loss = image_losses(logits.float(), some_masks).sum()
             state.scaler.scale(loss / len(images)).backward()
         total += loss.detach()
     if s.clip_norm:
@@ -148,11 +148,11 @@ def train_step(state: State, images: Tensor, masks: Tensor, device: Device, s: S
 
 
 def train_epoch(run: Run, device: Device, s: SimpleNamespace) -> None:
-    """Train on the photos of an epoch, or on those of them that remain."""
+    """Train until the next validation: for an epoch, or for several where photos are few."""
     state = run.state
     state.model.train()
-    for images, masks in run.batches():  # uint8; a signal stops it here, and here it saves in time
-        images, masks = device.to(images, masks)  # float32 (N, 3, H, W), normalised, and (N, 1, H, W)
+    for images, masks in run.batches():  # uint8; between two batches it may save, or stop after Ctrl-C
+        images, masks = device.to(images, masks)  # float32 (N, 3, H, W), normalised; (N, 1, H, W), nan where ignored
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(run.progress)
         loss = train_step(state, images, masks, device, s)
@@ -174,20 +174,22 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
     """Return an untrained network, its optimizer and its gradient scaler.
 
     Args:
-        foreground: the mean share of it in the masks, which the first prediction is.
-        photos: in an epoch.
-        beginning: what the run continues or starts from, whose network it has; its weights will follow.
+        foreground: its mean share of the masks; the network first predicts that everywhere.
+        photos: their number in an epoch.
+        beginning: the checkpoint that the run continues or starts from. Its network is made here, without its weights.
     """
     torch.manual_seed(s.seed)
     config = beginning.network | {"features": s.features, "encoder": s.encoder, "tile": s.crop}
     model = new_network(config, s.activation_checkpointing, foreground)  # build_network makes it
     shape = (s.batch_size // s.accumulation, 3, s.image_height, s.image_width)
-    steps = 500 * s.minutes if s.minutes else s.num_epochs * math.ceil(photos / s.batch_size)  # 10 minutes are long
+    steps = s.num_epochs * math.ceil(photos / s.batch_size)
+    if s.minutes:
+        steps = 500 * s.minutes  # a guess, by which COMPILE = "auto" compiles from 10 minutes on
     model, forward = to_device(model, shape, device, s.compile, steps)
 
     rate = s.learning_rate
     if beginning.is_pretrained:
-        rate *= 0.3  # at its full rate Dice fell from 0.977 to 0.962 at first
+        rate *= 0.3  # Dice after an epoch was 0.977 with it, 0.962 without (docs/measurements.md)
     optimizer = Muon(muon_groups(model, rate, s.weight_decay))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # which the schedule multiplies
@@ -219,16 +221,16 @@ def train(s: SimpleNamespace, load_data: FunctionType = load_data) -> None:
 
     # 3. Epochs
     run = Run(state, train_loader, val_loader, writer, report, s)
-    losses = partial(image_losses, dice_weight=s.dice_weight)
-    check = partial(check_accuracy, val_loader, state.model, device, losses, show_size=show_size)
+    check = partial(check_accuracy, val_loader, state.model, device, image_losses, show_size=show_size)
     score = partial(full_size_dice, device=device, batch_size=s.batch_size)
     print(f"Training on {device}; images in a step: {s.batch_size}.")
     update = partial(update_batch_norm, train_loader, 0, state.model, device)
+    # For MINUTES it tries these on a few batches, to choose NUM_EPOCHS, and leaves the weights as they are
     run.plan(train=partial(train_epoch, device=device, s=s), update=update, check=check, score=score, val_set=val_set)
     with closing(train_loader), closing(val_loader), run.until_stopped():
         run.print_names(score_names())
         while not run.is_done:
-            train_epoch(run, device, s)  # until the next validation: small sets have several epochs before it
+            train_epoch(run, device, s)
             update_batch_norm(train_loader, state.epochs, state.model, device)
             metrics, photo_dice = check(run.pictures())
             run.end_epoch(metrics, photo_dice)

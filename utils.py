@@ -27,12 +27,12 @@ from model import build_network
 
 
 class Loader(DataLoader):
-    """A DataLoader between whose batches a signal can stop the run. Its workers ignore signals: close() ends them."""
+    """A DataLoader. A signal stops the run between two batches; workers ignore it, and close() ends them."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.num_workers and not self._iterator:
-            at_exit = weakref.WeakMethod(self.close)
-            atexit.register(lambda: (close := at_exit()) and close())  # or Python would wait for its workers for ever
+            loader = weakref.ref(self)
+            atexit.register(lambda: loader() and loader().close())  # or Python would wait for its workers for ever
         with processes.signals_blocked() if self.num_workers else nullcontext():
             batches = self._started()
         for batch in batches:
@@ -80,7 +80,7 @@ def get_loaders(
 ) -> tuple[Loader, Loader]:
     """Return loaders for training and validation, of images uint8 (N, H, W, 3) and masks uint8 (N, H, W).
 
-    Masks hold 0, 1 and VOID. Batches do not depend on num_workers, of which -1 chooses for the device. Validation
+    Masks hold 0, 1 and VOID. num_workers does not change the batches; -1 chooses a number for the device. Validation
     photos of different sizes come one by one, and from this process: workers would queue large photos in shared memory.
     """
     if device:

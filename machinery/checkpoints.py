@@ -199,7 +199,7 @@ def restore_previous(path: Path) -> None:
 
 @dataclass
 class Epoch:
-    """The part of the state that begins anew after each validation, which small sets have after several epochs."""
+    """The part of the state that begins anew after each validation; of few photos, that are several epochs."""
 
     images: int = 0  # photos that were trained on
     computed: int = 0  # the same, and those that came twice to fill the last batch
@@ -220,13 +220,13 @@ class State:
     photo_dice: list[list[float]] = field(default_factory=list)  # of each validation photo in each of these rows
     best: float = -1.0  # Dice of the best epoch
     epoch: Epoch = field(default_factory=Epoch)  # the one under way
-    plan: dict[str, float] | None = None  # what was chosen for MINUTES: vars() of a rehearsal.Plan
+    plan: dict[str, float] | None = None  # for MINUTES: a rehearsal's costs, and "photos", first "chosen"
     spent: float = 0.0  # seconds that processes before this one have spent on the run
     started: float = field(default_factory=time.monotonic)  # when this process began with it
 
     @property
     def epochs(self) -> int:
-        """Return how many epochs have ended with a validation."""
+        """Return how many epochs were over at the last validation."""
         return self.history[-1]["epoch"] if self.history else 0
 
     @property
@@ -263,17 +263,19 @@ class State:
 
 
 def restore(optimizer: torch.optim.Optimizer, name: str, state: dict) -> None:
-    """Continue with the state dict of an optimizer of that name, at today's rates. Raises UserError for another's."""
-    todays = [dict(group, params=None) for group in optimizer.param_groups]
+    """Continue with the state dict of an optimizer of that name, at this run's rates. Raises UserError for others."""
+    own = [{name: group[name] for name in group if name not in ("params", "lr")} for group in optimizer.param_groups]
     try:
         if name != (now := type(optimizer).__name__):
             raise ValueError(f"{name}, not {now}")
         optimizer.load_state_dict(state)
         _try_a_step(deepcopy(optimizer))  # loading compares no sizes
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if processes.is_out_of_memory(error):
+            raise
         raise UserError(f"the checkpoint is of another optimizer ({error}): use that one, or train anew") from error
-    for group, options in zip(optimizer.param_groups, todays, strict=True):
-        group |= options | {name: group[name] for name in ("params", "lr")}  # today's LEARNING_RATE and so on
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group |= options  # this run's LEARNING_RATE and so on; the schedule sets "lr"
 
 
 def _try_a_step(optimizer: torch.optim.Optimizer) -> None:
@@ -292,8 +294,13 @@ class CheckpointWriter:
     """
 
     def __init__(self, path: Path, header: dict, is_new: bool) -> None:
-        self.path, self.best_path = path, sibling(path, "_best")
-        self.header, self.is_new = header, is_new
+        self.path, self.header, self.is_new = path, header, is_new
+        self._best = sibling(path, "_best")
+
+    @property
+    def best_path(self) -> Path:
+        """Return the file with the best weights: the newest state's, where somebody has removed the other."""
+        return self._best if self._best.exists() else self.path
 
     def __enter__(self) -> "CheckpointWriter":
         if self.is_new and processes.RANK == 0:
@@ -312,7 +319,7 @@ class CheckpointWriter:
         files = [(newest, self.path, sibling(self.path, ".prev"))]
         if is_best:
             weights = self.header | {name: newest[name] for name in ("state_dict", "epoch", "history")}
-            files.insert(0, (weights, self.best_path, None))
+            files.insert(0, (weights, self._best, None))
         self.wait()
         self.pending = self.thread.submit(lambda copies: [save(*copy) for copy in copies], copied(files, {}))
         self.saved_at = time.monotonic()
@@ -345,7 +352,7 @@ def copied(value: object, copies: dict[int, Tensor]) -> object:
 
 @dataclass
 class Beginning:
-    """The checkpoint that a run continues, or with whose weights (START_FROM) it begins; None for both is anew."""
+    """The checkpoint that a run continues, or with whose weights (START_FROM) it begins; both None: from scratch."""
 
     run: str = ""  # processes.run_id()
     continued: dict | None = None
@@ -466,7 +473,8 @@ def adapted(checkpoint: dict, header: dict) -> dict:
     if data[0]["val"] != data[1]["val"]:
         print("The validation photos have changed: scores before and after do not compare, and a new best is sought.")
         checkpoint |= {"best": -1.0, "photo_dice": []}
-    if not sibling(Path(settings[0]["checkpoint"]), "_best").exists():
+    if not (best := sibling(Path(settings[0]["checkpoint"]), "_best")).exists():
+        print(f"{best} is missing: a new best is sought.")
         checkpoint["best"] = -1.0
     if data[0]["train"] != data[1]["train"]:
         print("The training photos have changed.")

@@ -381,7 +381,7 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         is_too_long = getattr(error, "errno", None) == errno.ENAMETOOLONG
-        advice = "shorten the photo's name" if is_too_long else "make room, close what holds it, continue"
+        advice = "shorten the photo's name" if is_too_long else "make room, close the program that uses it, continue"
         raise UserError(f"{path} could not be written ({reason_of(error)}): {advice}") from error
 
 

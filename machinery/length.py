@@ -20,15 +20,16 @@ class Length:
     """The length of a run, which NUM_EPOCHS says, or MINUTES.
 
     An epoch of so few photos that validation would cost more than training is validated less often, so that validation
-    takes a tenth of the time. That depends on the numbers of photos alone.
+    takes a tenth of the time. That depends on the numbers of photos and their sizes alone.
 
     Args:
         state: keeps what was chosen for MINUTES, and what the run has done.
-        photos, val_photos: how many photos, or crops, an epoch trains on, and how many a validation takes.
+        photos: how many photos, or crops, an epoch trains on.
+        val_photos: as how many of these a validation counts, by its pixels.
         s: train.py's settings.
     """
 
-    def __init__(self, state: State, photos: int, val_photos: int, s: SimpleNamespace) -> None:
+    def __init__(self, state: State, photos: int, val_photos: float, s: SimpleNamespace) -> None:
         self.state, self.photos, self.batch_size, self.s = state, photos, s.batch_size, s
         validation = FORWARD * (min(64, photos) + val_photos)  # in photos that are trained on
         self.every = math.ceil(10 * validation / photos) if validation > photos else 1  # epochs

@@ -21,7 +21,7 @@ from machinery.length import Length
 from machinery.processes import progress
 from machinery.rehearsal import Rehearsal
 from machinery.report import Report, save_train_batch
-from machinery.samples import car_of
+from machinery.samples import Samples, car_of
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom, which are one less than the values that have a mean
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -61,8 +61,18 @@ def one_class(dice: list[float], foreground: np.ndarray) -> str | None:
     return None
 
 
+def validation_size(val_set: Samples, s: SimpleNamespace) -> float:
+    """Return as how many training images of IMAGE_HEIGHT x IMAGE_WIDTH (a crop's) a validation counts, by its pixels.
+
+    Tiles of crops overlap by a quarter along each side, so that a photo of several counts nearly twice.
+    """
+    sizes = np.array([val_set.size_of(index) for index in range(len(val_set.pairs))])
+    images = sizes.prod(1) / (s.image_height * s.image_width)
+    return float(np.where(images > 1, images * 16 / 9, 1).sum())
+
+
 class Run:
-    """Surrounds the training of a state.
+    """All that surrounds training steps: progress, saving, stopping, and the row that a validation leaves.
 
     Args:
         loader, val_loader: of the training and the validation photos.
@@ -84,7 +94,7 @@ class Run:
         self.report = report if processes.RANK == 0 else None
         self.has_warned = False  # of a network that does not tell the classes apart
         self.photos, self.batch_size = len(loader.dataset), loader.batch_sampler.size
-        self.length = Length(state, self.photos, val_loader.batch_sampler.length, s)
+        self.length = Length(state, self.photos, validation_size(val_loader.dataset, s), s)
 
     @contextmanager
     def until_stopped(self) -> Iterator[None]:
@@ -100,14 +110,15 @@ class Run:
                 raise
             self.writer.wait()
 
-    def plan(self, **work: object) -> None:
+    def plan(self, val_set: Samples, **work: object) -> None:
         """Say what to expect; for MINUTES rehearse before, with Rehearsal's arguments, and choose NUM_EPOCHS.
 
         Raises UserError where there is no time for a step.
         """
+        self.length.guess["end"] *= len(val_set.pairs) / len(self.val_loader.dataset.pairs)  # with crops, of all photos
         if self.s.minutes:
             loaders = self.loader, self.val_loader
-            self.length.choose(Rehearsal(self.state, *loaders, self.writer, self.report, **work))
+            self.length.choose(Rehearsal(self.state, *loaders, self.writer, self.report, val_set=val_set, **work))
             self._keep_num_epochs()
         if not self.is_done:
             print(self.length.expectation())
@@ -156,6 +167,7 @@ class Run:
                 epoch.seconds = time.perf_counter() - start
                 if self.length.watch(epoch.seconds - seconds, epoch.images - photos):
                     self._keep_num_epochs()
+                    bar.total = self.length.until_validation
                 title = f"epoch {self.length.epoch}/{self.length.num_epochs}"
                 bar.set_description(title, refresh=False)
                 bar.update(epoch.images - bar.n)
@@ -276,8 +288,9 @@ class Run:
             dice: the best weights' mean Dice at the photos' original size, nan where that is unknown.
             threshold, highest: the best threshold on these photos, and the mean Dice there.
         """
-        best, full = self.state.best, "unknown" if math.isnan(dice) else f"{dice:.4f}"
-        print(f"Dice of the best weights: {best:.4f} at training size, {full} at the photos' original size.")
+        best = f"{self.state.best:.4f}" if self.state.best >= 0 else "unknown"
+        full = "unknown" if math.isnan(dice) else f"{dice:.4f}"
+        print(f"Dice of the best weights: {best} at training size, {full} at the photos' original size.")
         if photo_dice := self.state.photo_dice:
             scores = [row["dice"] for row in self.state.history[-len(photo_dice) :]]
             images = [image for image, _ in self.val_loader.dataset.pairs]

@@ -333,7 +333,7 @@ def test_predicts_flags_work_with_it(scattered, run_train, flags):
         assert Image.open(f"predictions/{photo.stem}_mask.png").size == Image.open(photo).size
 
 
-def test_a_checkpoint_of_crops_is_not_continued_with_other_ones(scattered, run_train, capsys):
+def test_a_checkpoint_of_crops_is_not_continued_with_other_ones(scattered, run_train):
     run_train(*CROP, "--num-epochs", "1")
     for flags, wanted in (
         ([], r"CROP = \(64, 64\)"),

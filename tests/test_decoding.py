@@ -382,7 +382,7 @@ def test_the_other_reading_is_said_with_its_share_and_its_flag_takes_it():
     assert all(np.array_equal(other.sample(i)[1], masks[i] > 0) for i in range(4))
 
 
-def test_a_word_instead_of_foreground_values_is_trained_with(capsys):
+def test_a_word_instead_of_foreground_values_is_trained_with():
     draw(jpg, SOFT["8 bits"])
     train.main([*LEARN, "--num-epochs", "1", "--foreground-values", "labels"])
     assert utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["rule"]["is_labels"] is True
@@ -626,7 +626,7 @@ def test_the_range_of_colours_is_that_of_all_channels():
     assert red < 10 and 100 < green < 150 and blue > 245
 
 
-def test_jpegs_that_differ_a_little_are_read_alike_and_once(monkeypatch):
+def test_jpegs_that_differ_a_little_are_read_alike_and_once():
     draw(jpg, lambda m, s, i: Image.fromarray(m * np.uint8(250 + i % 6)).save(f"{s}.jpg"))
     data = prepared()
     for index in range(len(data)):
@@ -752,7 +752,7 @@ def test_training_with_void_is_training_with_a_loss_that_is_cut_out_by_hand(monk
         known.append((masks != VOID).unsqueeze(1))
         return self.normalised(images), (masks == 1).float().unsqueeze(1)
 
-    def image_losses(logits: torch.Tensor, masks: torch.Tensor, dice_weight: float) -> torch.Tensor:
+    def image_losses(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         part = known.pop() if len(known) == 1 else known.pop(0)
         losses = F.binary_cross_entropy_with_logits(logits, masks, reduction="none") * part
         return losses.flatten(1).sum(1) / part.flatten(1).sum(1)
@@ -862,7 +862,7 @@ def test_a_checkpoint_keeps_the_rule_and_continuing_uses_it():
     assert utils.load_checkpoint(Path("my_checkpoint.pth.tar"))["rule"] == rule != asdict(prepared().rule)
 
 
-def test_a_tile_at_another_scale_than_trainings_is_refused(capsys):
+def test_a_tile_at_another_scale_than_trainings_is_refused():
     draw(jpg, png)
     train.main([*LEARN, "--num-epochs", "1", "--image-height", "16", "--image-width", "24"])
     message = "4 times as high and 4 times as wide as in training: give --size 16 24"

@@ -80,7 +80,7 @@ def test_compiled_and_eager_losses_are_equal():
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_run_stopped_on_the_gpu_continues_there_and_on_the_cpu(project, run_train, monkeypatch, device):
+def test_a_run_stopped_on_the_gpu_continues_there_and_on_the_cpu(project, run_train, device):
     run_train("--num-epochs", "1", "--device", "cuda")
     run_train("--num-epochs", "2", "--load-model", "--device", device)
     assert len(rows()) == 2 and all(value.isfinite().all() for value in weights().values())

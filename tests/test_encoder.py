@@ -19,7 +19,7 @@ import train
 import utils
 from machinery.checkpoints import FORMAT
 from machinery.decoding import read_image
-from machinery.encoders import encoder_normalisation, with_frozen_batch_norm
+from machinery.encoders import FrozenBatchNorm, encoder_normalisation, with_frozen_batch_norm
 from machinery.errors import UserError
 from machinery.muon import muon_groups
 from model import UNet, new_network
@@ -103,7 +103,7 @@ def test_frozen_batch_norm_computes_what_timms_does():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_the_slow_convolutions_of_bf16_learn_in_float32(monkeypatch):
+def test_the_slow_convolutions_of_bf16_learn_in_float32():
     """A CPU takes 4 to 6 times as long for the weights' gradient of depthwise convolutions of 5 x 5 or stride 2."""
     computed = {}
     for layer in (network := deepcopy(UNet(encoder="test_efficientnet"))).modules():  # a copy has its own weights
@@ -239,6 +239,17 @@ def test_a_checkpoint_with_an_encoder_predicts_without_the_internet(pretrained, 
     with torch.inference_mode():
         wanted = network(model.device.normalised(torch.from_numpy(image[None])))[:, 0].numpy()
     assert model(image[None]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_batch_norm_that_is_not_folded_stays_in_float32(pretrained, run_train):
+    """Its statistics would be rounded to 3 digits; what is convolved is bf16, as in training."""
+    run_train(*flags("test_resnet"), "--num-epochs", "1")
+    image = read_image(next(Path("data/val_images").iterdir()), (64, 96))[None]
+    exact, fast = (predict.load_model("my_checkpoint_best.pth.tar", precision=name) for name in ("fp32", "bf16"))
+    norms = [layer for layer in fast.network.modules() if isinstance(layer, FrozenBatchNorm)]
+    assert norms and {value.dtype for norm in norms for value in norm.buffers()} == {torch.float32}
+    assert fast.network.head.weight.dtype == torch.bfloat16
+    assert fast(image) == pytest.approx(exact(image), abs=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

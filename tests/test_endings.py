@@ -181,7 +181,7 @@ def test_what_killed_runs_have_left_is_removed_and_nothing_else(project, run_tra
     assert lock_of(CHECKPOINT).exists()
 
 
-def test_a_users_error_in_a_worker_is_one_line(project, capsys):
+def test_a_users_error_in_a_worker_is_one_line(project):
     flags = [*SMALL[:-1], "1", "--num-epochs", "2", "--cache-dir", "none"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
         patch.setattr(runs.Run, "end_epoch", break_a_photo)

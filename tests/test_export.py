@@ -148,7 +148,7 @@ def test_no_file_is_left_where_onnxruntime_gives_another_dice(folder, monkeypatc
     assert list(folder.iterdir()) == [folder / CHECKPOINT]
 
 
-def test_files_of_the_user_are_never_overwritten(folder, monkeypatch):
+def test_files_of_the_user_are_never_overwritten(folder):
     save_network(random_network(), 32, 48)
     others = onnx.helper.make_model(onnx.helper.make_graph([], "theirs", [], [])).SerializeToString()
     for content in (b"mine", others):

@@ -47,7 +47,7 @@ def found(*inputs: str) -> list[str]:
 # Folders below folders
 
 
-def test_links_to_folders_are_followed_by_every_command(capsys):
+def test_links_to_folders_are_followed_by_every_command():
     draw("disk/2023/a.jpg", "disk/2024/b.jpg", "photos/c.jpg")
     draw_mask("truth/a_mask.png", "truth/b_mask.png", "truth/c_mask.png")
     link("photos/archive", "disk")

@@ -538,7 +538,7 @@ def test_lines_are_drawn_as_wide_as_asked(kind, width):
     assert ((mask_of("a") > 0) != wanted).sum() <= 2  # a round end has 720 corners
 
 
-def test_lines_alone_are_drawn_and_points_never(capsys):
+def test_lines_alone_are_drawn_and_points_never():
     photo("photos/a.jpg")
     write("photos/a.json", labelme_file([{"label": "crack", "shape_type": "linestrip", "points": LINE}]))
     assert "photos/a.json" in (message := error_of("photos")) and "--line-width" in message

@@ -21,7 +21,7 @@ import utils
 from machinery import errors, rehearsal
 from machinery.errors import UserError
 from machinery.length import Length
-from machinery.runs import Run
+from machinery.runs import Run, validation_size
 
 CHECKPOINT = Path("my_checkpoint.pth.tar")
 
@@ -351,6 +351,21 @@ def test_epochs_of_few_photos_are_validated_less_often(project, run_train, photo
 def test_validation_takes_a_tenth_of_the_time_or_less_than_training(photos, val_photos, every):
     s = SimpleNamespace(batch_size=4, num_epochs=3, minutes=None, crop=None)
     assert Length(SimpleNamespace(), photos, val_photos, s).every == every
+
+
+@pytest.mark.parametrize(
+    ("crop", "sizes", "images"),
+    [
+        (None, [(160, 240)] * 50, 50),
+        ((256, 256), [(256, 256), (100, 300)], 2),  # no larger than a crop
+        ((256, 256), [(1280, 1918)] * 32, 32 * 1280 * 1918 / 256**2 * 16 / 9),  # tiles overlap
+    ],
+)
+def test_a_validation_of_large_photos_counts_as_many_crops(crop, sizes, images):
+    val_set = SimpleNamespace(pairs=sizes, size_of=sizes.__getitem__)
+    height, width = crop or (160, 240)
+    s = SimpleNamespace(image_height=height, image_width=width)
+    assert validation_size(val_set, s) == pytest.approx(images)
 
 
 @pytest.mark.parametrize("step", [5, 21])

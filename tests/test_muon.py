@@ -107,7 +107,7 @@ def test_rounded_products_would_be_noticed(precision):
     assert torch.linalg.svdvals(step).max() > 1.25
 
 
-def test_a_run_on_a_rough_machine_learns_the_same(project, run_train, monkeypatch):
+def test_a_run_on_a_rough_machine_learns_the_same(project, run_train):
     flags = ["--num-epochs", "6", "--precision", "fp32"]
     run_train(*flags)
     wanted = float(rows()[-1]["dice"])

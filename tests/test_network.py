@@ -234,7 +234,7 @@ def test_a_size_at_which_the_logits_are_smaller(project, run_train, swap):
     assert sentence.startswith("the network gives logits of 1 x 32 x 48 for images of 3 x 33 x 48:")
 
 
-def test_settings_for_which_another_network_has_nothing(project, run_train, swap, monkeypatch):
+def test_settings_for_which_another_network_has_nothing(project, run_train, swap):
     swap(NETWORKS["without bias"])
     pytest.importorskip("timm")
     sentence = refusal(partial(run_train, "--encoder", "test_resnet", "--image-height", "64", "--image-width", "64"))

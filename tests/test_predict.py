@@ -719,7 +719,7 @@ def test_the_first_run_locks_its_submission_until_it_is_written(photos, monkeypa
     assert "in use by another run" in held[0] and len(rows_of("s.csv")) == 8
 
 
-def test_a_full_disk_ends_a_submission_with_a_sentence_and_it_continues(photos, capsys):
+def test_a_full_disk_ends_a_submission_with_a_sentence_and_it_continues(photos):
     run("data/val_images", "--submission", "whole.csv")
     before, size = resource.getrlimit(resource.RLIMIT_FSIZE), Path("whole.csv").stat().st_size
     for share in (0.01, 0.7, 0.7, 0.7):  # first there is no room for a row, and at last for the file of all rows alone

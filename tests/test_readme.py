@@ -63,3 +63,7 @@ def test_every_command_file_and_picture_that_a_page_names_is_there(page):
         assert (ROOT / max(name)).exists(), name
     for name in re.findall(r"\(([\w/]+\.(?:png|jpg|md))\b", text):
         assert (page.parent / name).exists(), name
+    for name, anchor in re.findall(r"\(([\w/]*(?:\.md)?)#([\w-]+)\)", text):
+        linked = (page.parent / name).read_text(encoding="utf-8") if name else text
+        titles = [re.sub(r"[^\w -]", "", title) for title in re.findall(r"^#+ (.*)$", linked, re.MULTILINE)]
+        assert anchor in [title.lower().replace(" ", "-") for title in titles], f"{name}#{anchor}"

@@ -230,6 +230,18 @@ def test_a_finished_run_says_what_to_raise_and_ends_well(project, run_train, cap
     assert CHECKPOINT.read_bytes() == before
 
 
+def test_without_the_best_weights_a_finished_run_scores_the_newest(project, run_train, capsys):
+    leave_photos(8, 4)
+    run_train("--num-epochs", "1")
+    Path("my_checkpoint_best.pth.tar").unlink()
+    run_train("--num-epochs", "1", "--load-model")
+    out = capsys.readouterr().out
+    assert "my_checkpoint_best.pth.tar is missing: a new best is sought." in out
+    assert "Dice of the best weights: unknown at training size, 0." in out
+    run_train("--num-epochs", "2", "--load-model")
+    assert utils.load_checkpoint(Path("my_checkpoint_best.pth.tar"))["epoch"] == 2
+
+
 @pytest.mark.parametrize("lacking", [[], ["photo_dice"]])
 def test_a_checkpoint_of_an_older_format_continues(project, run_train, monkeypatch, lacking):
     stop_after(11, run_train, monkeypatch, "--num-epochs", "2")
@@ -259,6 +271,18 @@ def test_a_checkpoint_of_another_optimizer_is_refused(project, run_train, monkey
 
 
 OPTIMIZERS = [Muon, partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW, torch.optim.Adafactor]
+
+
+def test_too_little_memory_is_no_other_optimizer(monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(checkpoints, "_try_a_step", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoints.restore(optimizer, "SGD", optimizer.state_dict())
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)

@@ -145,7 +145,7 @@ def test_batches_are_always_full(project, run_train, monkeypatch, flags):
 
 def test_training_and_validation_have_one_loss(project, run_train, monkeypatch):
     leave_photos(32, 8)
-    monkeypatch.setattr(train, "image_losses", lambda logits, masks, dice_weight: 0 * logits.flatten(1).mean(1) + 7)
+    monkeypatch.setattr(train, "image_losses", lambda logits, masks: 0 * logits.flatten(1).mean(1) + 7)
     run_train("--num-epochs", "1", "--batch-size", "24")
     assert float(rows()[0]["train_loss"]) == float(rows()[0]["val_loss"]) == 7
 
@@ -291,20 +291,20 @@ def test_only_where_objects_have_a_few_pixels_a_run_of_whole_photos_is_told_to_t
     assert "WARNING: it finds no foreground" in out and ("need crops" in out) == is_told
 
 
-def test_the_dice_weight_adds_soft_dice(project, run_train):
+def test_the_dice_weight_adds_soft_dice(monkeypatch):
     random = torch.Generator().manual_seed(0)
     logits, masks = torch.randn(3, 1, 9, 7, generator=random), torch.rand(3, 1, 9, 7, generator=random).round()
     masks[0, 0, :3], masks[2] = torch.nan, 0
     plain = train.image_losses(logits, masks)
-    for image, (both, alone) in enumerate(zip(train.image_losses(logits, masks, 0.5), plain, strict=True)):
+    monkeypatch.setattr(train, "DICE_WEIGHT", 0.5)
+    for image, (both, alone) in enumerate(zip(train.image_losses(logits, masks), plain, strict=True)):
         y = masks[image][~masks[image].isnan()].double()
         p = logits[image][~masks[image].isnan()].double().sigmoid()
         assert (both - alone).item() == pytest.approx(
             0.5 * (1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)).item()
         )
     right = torch.where(masks.nan_to_num() > 0, 100.0, -100.0)
-    assert train.image_losses(right, masks, 1.0).max() < 1e-6
-    assert torch.equal(train.image_losses(logits, masks, 0.0), plain)
+    assert train.image_losses(right, masks).max() < 1e-6
 
 
 def test_the_dice_weight_counts_in_training_and_validation(project, run_train, capsys):

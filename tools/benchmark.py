@@ -1,4 +1,4 @@
-"""Measure every speed that docs/measurements.md claims, side by side in one run.
+"""Measure speed and recipe against the classic ways, side by side in one run (docs/measurements.md).
 
     python -m tools.benchmark loader    # photos/s from files to batches, against the classic pipeline
     python -m tools.benchmark train     # images/s of the training step and its memory, against the classic step
