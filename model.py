@@ -255,7 +255,7 @@ def check_logits(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
 
 
 def size_multiple(features: tuple[int, ...]) -> int:
-    """Return the multiple to which a U-Net of these features pads height and width; each stage halves them."""
+    """Return the multiple that a U-Net of these features pads height and width to; each stage halves them."""
     return 2 ** len(features)
 
 
@@ -309,9 +309,9 @@ def fades(length: int, tile: int, multiple: int) -> list[tuple[int, np.ndarray]]
 
 
 def slide(network: Callable[[Tensor], Tensor], images: Tensor, tile: tuple[int, int], multiple: int) -> Tensor:
-    """Return the logits (N, 1, H, W) of images (N, C, H, W) of any size, of which the network sees a tile at a time.
+    """Return the logits (N, 1, H, W) of images (N, C, H, W) of any size. The network sees one tile after the other.
 
-    `multiple` is that to which the network pads height and width. Beyond the image its last pixels are repeated.
+    The network pads height and width to `multiple`. Beyond the image its last pixels are repeated.
     """
     height, width = images.shape[-2:]
     tile_height, tile_width = round_up(min(tile[0], height), multiple), round_up(min(tile[1], width), multiple)

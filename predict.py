@@ -776,7 +776,7 @@ def predict_photos(photos: list[Photo], model: Predictor | Ensemble, args: argpa
 
 
 def check_failures(failed: int, given: int) -> None:
-    """Raise UserError where photos have failed, each of which has been named."""
+    """Raise UserError where photos have failed. Each has been named already."""
     if failed:
         photos = counted(given, "photo")
         raise UserError(f"{failed} of {photos} could not be predicted, as said above: fix them, or leave them out")

@@ -160,7 +160,7 @@ def train_epoch(run: Run, device: Device, s: SimpleNamespace) -> None:
 
 
 def load_data(s: SimpleNamespace, beginning: Beginning) -> tuple[CarvanaDataset, CarvanaDataset]:
-    """Return the training and validation photos, decoded by a continued run's rule, or by that which they suggest."""
+    """Return the training and validation photos, decoded by the checkpoint's rule or by their own."""
     size = float(s.scale) if s.crop else (s.image_height, s.image_width)
     dataset = partial(CropDataset, crop=s.crop) if s.crop else CarvanaDataset
     train_set = dataset(s.train_img_dir, s.train_mask_dir, size, make_augmentation(), s.seed, s.mask_suffix)

@@ -73,12 +73,11 @@ class Rule:
     Photos with more than 8 bits a channel: `low` becomes 0 and `high` 255. They are the 0.1 and 99.9 % quantiles over
     all photos, or None where there was no such photo: then each has its own.
 
-    Masks: values are labels (`is_labels`), of which all but 0 is foreground, or `chosen` values alone; or they are
-    brightness, as their soft edges show, of which foreground is what is above half of the `brightest` in files of their
-    kind. Where is_labels is None, no file of the set had enough values to tell: each later one is read as it suggests
-    itself. JPEGs are always brightness, and their dark values noise. Beside soft masks, files of 0 and 1 alone mean 1
-    as foreground (`ones`), unless it covers too little in them. Where masks hold labels below 32 and 255, as those of
-    Pascal VOC and Cityscapes, 255 is void.
+    Masks hold labels or brightness. Of labels (`is_labels`), all but 0 are foreground, or the `chosen` ones alone.
+    Masks of brightness have soft edges: foreground is above half of the `brightest` value in files of their kind. Where
+    is_labels is None, no file of the set had enough values to tell: each later file is read by its own values. JPEGs
+    always hold brightness, and their dark values are noise. Beside soft masks, 1 is foreground in files of 0 and 1
+    (`ones`), unless it covers too little. Where masks hold labels below 32, and 255 as well, 255 is void.
     """
 
     low: float | None = None

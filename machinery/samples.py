@@ -138,8 +138,8 @@ class Samples:
     def prepare(self, cache_dir: Path | None, rule: Rule | None = None, foreground_values: tuple | None = None) -> None:
         """Decode every pair once, which checks it, and keep the samples in a memory-mapped file in cache_dir.
 
-        By the rule, if one is given, else by that which these files make: each is read as it suggests itself, and those
-        that the whole set contradicts are read again. `foreground_values` are then what Rule.of calls `chosen`.
+        They are decoded by `rule`. Where none is given, these files make one: each is first read by its own values, and
+        those that the whole set contradicts are read again. `foreground_values` are then what Rule.of calls `chosen`.
 
         The file serves later runs while the names, sizes and times of all files and the content of masks stay as they
         are; after a change, samples of unchanged files are copied from it. It appears when it is complete. With
