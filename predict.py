@@ -23,8 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -55,20 +54,11 @@ from machinery.device import Device, choose_device, memory_errors
 from machinery.errors import UserError, counted, run
 from machinery.files import (
     MASK_SUFFIX,
-    but,
     check_writable,
-    files_below,
-    find_masks,
-    free_name,
-    is_image,
     lock_of,
     locked,
-    matches_of,
-    other_suffix,
-    passed_over,
     remove_leftovers,
     save_metrics,
-    stem_of,
 )
 from machinery.formats import Source
 from machinery.objects import Objects
@@ -80,13 +70,13 @@ from machinery.outputs import (
     Prediction,
     Submission,
     check_table,
-    is_ours,
     load_background,
     made_by_hand,
     write_found,
     write_labelme,
     write_png,
 )
+from machinery.photos import Photo, add_masks, find_photos, without_outlined
 from machinery.processes import (
     RANK,
     WORLD_SIZE,
@@ -308,86 +298,13 @@ def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndar
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Photos in
-
-
-@dataclass
-class Photo:
-    """A photo, the name of its outputs, and its true mask."""
-
-    path: Path
-    name: str  # of its outputs: <name>_mask.png
-    mask: Path | None = None  # the true one, if it is known
-
-
-def find_photos(inputs: list[str]) -> list[Photo]:
-    """List the photos that are given as files, folders (with all below them) and patterns, each once, sorted in those.
-
-    Files that predict.py wrote are left out. A name that is taken gets a number: x/a.jpg and y/a.jpg give a and a-2.
-    Raises UserError where an input holds none, and for a folder that cannot be read.
-    """
-    paths: dict[Path, Path] = {}  # by what they resolve to
-    taken, lines = set(), []
-    for given in map(Path, inputs):
-        is_there = os.path.exists(given)  # noqa: PTH110, which fails for names that are too long
-        files = []
-        for path in [given] if is_there else matches_of(str(given)):
-            below = files_below(path) if path.is_dir() else [path]
-            files += below
-            lines += passed_over(below, path) if path.is_dir() else []
-        found = [path for path in files if is_image(path) or path == given]
-        found = [path for path in found if not (path.stem.endswith(tuple(OUTPUTS)) and is_ours(path))]
-        if not found:
-            others = [path for path in files if not is_image(path)]
-            what = f"no photos there{but(others)}" if files or is_there else "nothing is there"
-            raise UserError(f"{given}: {what}: correct the path")
-        for path in found:
-            paths.setdefault(path.resolve(), path)
-
-    if RANK == 0 and lines:
-        print("\n".join(lines))
-    return [Photo(path, free_name(path.stem, taken)) for path in paths.values()]
+# The pipeline: threads decode, the network predicts, threads write
 
 
 def decode(photo: Photo, model: Predictor | Ensemble) -> np.ndarray:
     """Return the network's input."""
     with large_ones_wait(photo.path):
         return model.read(photo.path)
-
-
-def without_outlined(photos: list[Photo], output_dir: Path) -> tuple[list[Photo], list[dict]]:
-    """Return the photos that have no outlines by hand, and `finish`'s rows of the others, which are kept."""
-    others, rows = [], []
-    for photo in photos:
-        kept = None
-        with suppress(UserError):  # of a file that cannot be read: `finish` says so
-            kept = made_by_hand(photo.path, output_dir / f"{photo.name}.json")
-        if kept:
-            rows.append({"photo": str(photo.path), "kept": str(kept)})
-        else:
-            others.append(photo)
-    return others, rows
-
-
-def add_masks(photos: list[Photo], mask_dir: Path, suffix: str) -> None:
-    """Find the photos' true masks. Raises UserError where one would serve two photos, or no photo has one."""
-    stems = [stem_of(photo.path) for photo in photos]
-    masks, unused = find_masks(stems, mask_dir, suffix)
-    of: dict[Path, Path] = {}
-    for photo, stem in zip(photos, stems, strict=True):
-        photo.mask = masks.get(stem)
-        if photo.mask and (other := of.setdefault(photo.mask, photo.path)) != photo.path:
-            raise UserError(f"{photo.mask} is the mask of both {other} and {photo.path}: give one of them at a time")
-    without = [photo.path for photo in photos if not photo.mask]
-    if len(without) == len(photos):
-        raise UserError(f"no photo has a mask in {mask_dir}: {other_suffix(stems[0], stems, unused)}")
-    for kind, lonely in (("Masks without photo", unused), ("Photos without mask, not scored", without)):
-        if lonely and RANK == 0:
-            print(f"{kind}: {len(lonely)}, such as {lonely[0]}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The pipeline: threads decode, the network predicts, threads write
 
 
 def predict_all(

@@ -11,6 +11,7 @@ import predict
 from machinery import errors, files
 from machinery.errors import UserError
 from machinery.files import files_below, files_in, find_pairs
+from machinery.photos import find_photos
 from machinery.settings import Parser, parse_settings
 from tools import demo, export, make_masks, split_data
 
@@ -40,7 +41,7 @@ def link(path: str, target: str) -> None:
 
 
 def found(*inputs: str) -> list[str]:
-    return [photo.path.as_posix() for photo in predict.find_photos(list(inputs))]
+    return [photo.path.as_posix() for photo in find_photos(list(inputs))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def test_a_link_that_leads_nowhere_is_named_as_a_photo_that_cannot_be_read():
     assert found("photos") == ["photos/a.jpg", "photos/b.jpg"]
 
 
-@pytest.mark.parametrize("command", [predict.find_photos, split_data.main, make_masks.main])
+@pytest.mark.parametrize("command", [find_photos, split_data.main, make_masks.main])
 def test_a_folder_that_cannot_be_read_is_named(command, monkeypatch):
     draw("photos/a.jpg", "photos/private/b.jpg")
     scandir = os.scandir
@@ -141,7 +142,7 @@ def test_what_is_there_instead_of_photos_is_named_without_a_list_of_endings():
         Path("raw").mkdir(exist_ok=True)
         Path("raw", name).write_bytes(b"?")
     with pytest.raises(UserError) as caught:
-        predict.find_photos(["raw"])
+        find_photos(["raw"])
     assert "by their endings (docs/data.md lists those), but IMG_1.CR2 and 1 other file" in str(caught.value)
     assert ".jpeg" not in str(caught.value)
 
@@ -170,7 +171,7 @@ def test_folders_that_a_pattern_matches_are_searched():
 def test_an_input_that_is_not_there_is_named(given):
     draw("photos/a.jpg")
     with pytest.raises(UserError, match="nothing is there: correct the path"):
-        predict.find_photos([given])
+        find_photos([given])
 
 
 @pytest.mark.parametrize(

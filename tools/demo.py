@@ -25,9 +25,10 @@ import utils
 from machinery.decoding import read_image
 from machinery.errors import UserError, run
 from machinery.outputs import Prediction, write_png
+from machinery.photos import find_photos
 from machinery.report import pooled
 from machinery.settings import Parser
-from predict import Predictor, enlarge, find_photos, load_model
+from predict import Predictor, enlarge, load_model
 
 GRADIO = 6, 20  # older ones lack parts of the page, or load scripts from elsewhere
 SHOWN = 1280  # pixels of the longer side of what is shown; what is downloaded has the photo's own size
