@@ -62,22 +62,39 @@ class Length:
     @property
     def until_validation(self) -> int:
         """Return how many photos lie between the last validation and the next."""
-        epochs = (self.state.epochs // self.every + 1) * self.every
-        return min(epochs * self.photos, self.total) - self.state.epochs * self.photos
+        return min((self._rounds + 1) * self._round, self.total) - self.state.epochs * self.photos
+
+    @property
+    def _round(self) -> int:
+        """Return how many photos lie between two validations, unless the run ends before."""
+        return self.every * self.photos
+
+    @property
+    def _rounds(self) -> int:
+        """Return how many of these have been validated."""
+        return self.state.epochs // self.every
 
     # -----------------------------------------------------------------------------------------------------------------
     # Time
 
     def seconds_for(self, photos: int) -> float:
-        """Return how long it takes to train on so many photos, validate, and end, at the rehearsal's speed."""
-        costs, validations = self.state.plan or self.guess, math.ceil(photos / (self.every * self.photos))
+        """Return how long it takes to train on so many more photos, validate, and end, at the rehearsal's speed."""
+        costs, validations = self.state.plan or self.guess, math.ceil((self.done + photos) / self._round) - self._rounds
         return photos * costs["image"] + validations * costs["validation"] + costs["end"]
 
     def photos_in(self, seconds: float) -> int:
-        """Return for how many photos seconds_for is no longer than `seconds`; below 1 where there are none."""
-        costs, photos = self.state.plan or self.guess, self.every * self.photos  # of a round, which validation ends
-        rounds, seconds = divmod(seconds - costs["end"], photos * costs["image"] + costs["validation"])
-        return int(rounds) * photos + max(0, int((seconds - costs["validation"]) / costs["image"]))
+        """Return on how many more photos the run can train in `seconds`, with validations and end; below 1 on none."""
+        costs, first = self.state.plan or self.guess, self._until_round()
+        image, validation = costs["image"], costs["validation"]
+        seconds -= costs["end"] + validation
+        if seconds < first * image:
+            return int(seconds / image)
+        rounds, seconds = divmod(seconds - first * image, self._round * image + validation)
+        return first + int(rounds) * self._round + max(0, int((seconds - validation) / image))
+
+    def _until_round(self) -> int:
+        """Return on how many more photos the run trains before a validation that is due whatever its length is."""
+        return (self._rounds + 1) * self._round - self.done
 
     def seconds_left(self) -> float:
         """Return how long the rest of the run takes at the speed that training has had of late."""
@@ -143,7 +160,8 @@ class Length:
             return self.total
         speed = self.seconds_for(self.total - self.done) / left  # 1 is the rehearsal's
         fitting = self.photos_in(speed * (limit - self.state.seconds))
-        return min(self.done + max(fitting, self.batch_size), self.state.plan["chosen"])
+        fewest = min(self.batch_size, self._until_round())  # a step, unless that needed another validation
+        return min(self.done + max(fitting, fewest), self.state.plan["chosen"])
 
     # -----------------------------------------------------------------------------------------------------------------
     # What to expect
