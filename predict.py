@@ -70,11 +70,12 @@ from machinery.outputs import (
     Prediction,
     Submission,
     check_table,
+    is_written,
     load_background,
     made_by_hand,
     write_found,
     write_labelme,
-    write_png,
+    write_output,
 )
 from machinery.photos import Photo, add_masks, find_photos, without_outlined
 from machinery.processes import (
@@ -399,7 +400,7 @@ def finish(
         runs = rle_encode(prediction.mask) if args.submission else None
         measured = measure(prediction, args) if args.objects or args.coco else None
         for kind in args.outputs:
-            write_png(args.output_dir / f"{photo.name}_{kind}.png", OUTPUTS[kind][0](prediction))
+            write_output(args.output_dir, photo.name, kind, prediction)
         rows = [score(prediction.mask, photo.mask, model.rule, prediction.specks)] if photo.mask else []
         shapes = args.output_dir / f"{photo.name}.json"
         if args.labelme and (kept := made_by_hand(photo.path, shapes)):
@@ -652,8 +653,8 @@ def predict_photos(photos: list[Photo], model: Predictor | Ensemble, args: argpa
     shard, submission = photos[RANK::WORLD_SIZE], None
     if args.submission:
         submission = open_submission(args, photos)
-        takes_all = args.mask_dir or args.objects or args.coco  # which do not continue, as a submission does
-        shard = [photo for photo in shard if takes_all or photo.path.name not in submission.done]
+        if not (args.mask_dir or args.objects or args.coco or args.labelme):  # which need every photo
+            shard = [photo for photo in shard if not is_done(photo, submission, args)]
     shard, kept = without_outlined(shard, args.output_dir) if args.outlines_alone else (shard, [])
 
     start = time.perf_counter()
@@ -690,6 +691,12 @@ def predict_photos(photos: list[Photo], model: Predictor | Ensemble, args: argpa
     if submission:
         submission.write(is_complete=not failed)
     check_failures(failed, len(photos))
+
+
+def is_done(photo: Photo, submission: Submission, args: argparse.Namespace) -> bool:
+    """Return whether an earlier run has written a photo's row and all its files."""
+    has_files = all(is_written(args.output_dir, photo.name, kind) for kind in args.outputs)
+    return has_files and photo.path.name in submission.done
 
 
 def check_failures(failed: int, given: int) -> None:

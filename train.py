@@ -101,7 +101,7 @@ def make_augmentation() -> A.Compose:
 def image_losses(logits: Tensor, masks: Tensor) -> Tensor:
     """Return each image's loss, (N,), from float32 logits and masks (N, 1, H, W).
 
-    Masks are nan where pixels are ignored (void): these do not count.
+    Masks are 0 or 1, and nan where pixels are ignored (void): these do not count.
     """
     known, masks = ~masks.isnan(), masks.nan_to_num()
     losses = nn.functional.binary_cross_entropy_with_logits(logits, masks, reduction="none") * known

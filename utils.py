@@ -133,7 +133,7 @@ def image_scores(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> dict[str, Te
     """Return the scores of each image, (N,), from its counts. A new metric is a line here.
 
     Their means appear on the console, in metrics.csv, in the curves, on the page and in predict.py's scores. A metric
-    needs a value for images without foreground, too: one nan makes the mean nan.
+    needs a value wherever its denominator is 0 (no foreground, no background): one nan makes the mean nan.
     """
     return {
         "pixel_accuracy": torch.where(tp + fp + fn + tn == 0, 1.0, (tp + tn) / (tp + fp + fn + tn)),

@@ -101,8 +101,8 @@ class Prediction:
         return Image.merge("RGBA", (*self.object.split(), self.alpha))
 
 
-# <name>_<kind>.png: what draws it, in this order, and its flag's help. A new output is an entry here.
-OUTPUTS: dict[str, tuple[Callable[[Prediction], Image.Image], str]] = {
+# <name>_<kind>.png, or .json of a dictionary: what makes it, and its flag's help. A new output is an entry here.
+OUTPUTS: dict[str, tuple[Callable[[Prediction], Image.Image | dict], str]] = {
     "mask": (lambda p: Image.fromarray(p.mask), "255 on the object, else 0; the default without --submission"),
     "overlay": (Prediction.overlay, "the photo with the mask tinted and outlined"),
     "probabilities": (Prediction.sixteen_bits, "16 bit, 65535 is 1"),
@@ -156,10 +156,24 @@ def clean_edge(photo: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PNG files
+# A photo's files
 
-# Every PNG says that it is ours, so that none is taken for a photo, and no other file is overwritten.
+# Each says that it is ours, so that none is taken for a photo, and no other file is overwritten.
 SOFTWARE = "predict.py (U-Net for Carvana)"
+
+
+def write_output(folder: Path, name: str, kind: str, prediction: Prediction) -> None:
+    """Write what OUTPUTS makes of a prediction. Raises UserError as write_png does."""
+    made = OUTPUTS[kind][0](prediction)
+    if isinstance(made, dict):
+        write_json(folder / f"{name}_{kind}.json", made)
+    else:
+        write_png(folder / f"{name}_{kind}.png", made)
+
+
+def is_written(folder: Path, name: str, kind: str) -> bool:
+    """Return whether write_output has written that file, now or in an earlier run."""
+    return any((folder / f"{name}_{kind}{ending}").exists() for ending in (".png", ".json"))
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
@@ -167,15 +181,30 @@ def write_png(path: Path, picture: Image.Image) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("Software", SOFTWARE)
     with saving(path) as temporary:  # 3 is run lengths: 14 ms a mask instead of 23, 160 a cut-out of 370
-        if path.exists() and not is_ours(path):
-            raise UserError(f"{path} was not written by predict.py: move it away, or choose another --output-dir")
+        check_ours(path)
         picture.save(temporary, "PNG", compress_type=3, pnginfo=text)
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write a dictionary. Raises UserError as write_png does."""
+    with saving(path) as temporary:
+        check_ours(path)
+        temporary.write_text(json.dumps({"software": SOFTWARE} | content), encoding="utf-8")
+
+
+def check_ours(path: Path) -> None:
+    """Raise UserError where there is a file that write_png and write_json have not written."""
+    if path.exists() and not is_ours(path):
+        raise UserError(f"{path} was not written by predict.py: move it away, or choose another --output-dir")
+
+
 def is_ours(path: Path) -> bool:
-    """Return whether write_png has written a picture."""
-    with suppress(Exception), Image.open(path) as image:  # Pillow raises many kinds of errors
-        return image.info.get("Software") == SOFTWARE
+    """Return whether write_png or write_json has written a file."""
+    with suppress(Exception):  # files of others raise many kinds of errors
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))["software"] == SOFTWARE
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
     return False
 
 

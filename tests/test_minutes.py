@@ -137,7 +137,7 @@ def test_a_machine_that_is_slow_for_a_while_ends_in_time_with_no_more_epochs_tha
 
 @pytest.mark.parametrize("slower", [1.1, 1.2, 1.3, 1.4, 1.5])
 def test_a_validation_that_a_few_more_photos_would_need_counts(project, run_train, monkeypatch, capsys, slower):
-    """A validation takes a fifth of the time here: where 1.1 epochs would fit but for the second one, it trains on 1."""
+    """A validation takes a fifth of the time here: where 1.1 epochs would fit but for a second one, it trains on 1."""
     leave_photos(44, 32)
     clock = Clock(monkeypatch, 1.0, 0.8)
     clock.later = {8: slower}  # and no faster from there on

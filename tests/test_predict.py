@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import os
 import resource
 import shutil
@@ -263,6 +264,18 @@ def test_a_new_output_is_one_entry(photos, monkeypatch):
     assert not [name for name in names("again") if "grey" in name]
 
 
+def test_a_new_output_that_is_a_dictionary_is_a_json_file(photos, monkeypatch):
+    share = lambda prediction: {"foreground": float((prediction.mask > 0).mean())}  # noqa: E731
+    monkeypatch.setitem(predict.OUTPUTS, "share", (share, "how much is foreground"))
+    file = Path(f"predictions/{photos[0].stem}_share.json")
+    for _ in range(2):  # its own are replaced
+        run(photos[0], "--share")
+        assert json.loads(file.read_text())["foreground"] == (pixels(f"{photos[0].stem}_mask.png") > 0).mean()
+    file.write_text('{"foreground": 1}')
+    assert "1 of 1 photo" in error_of(photos[0], "--share")  # it is a user's own
+    assert file.read_text() == '{"foreground": 1}'
+
+
 def test_an_overlay_shows_the_photo_and_the_outline(photos):
     Image.open(photos[0]).save("photo.png")
     run("photo.png", "--overlay")
@@ -484,6 +497,15 @@ def test_a_submission_goes_on_when_a_broken_photo_is_mended(photos):
     photos[3].write_bytes(whole)
     run("data/val_images", "--submission", "submission.csv")
     assert len(rows_of("submission.csv")) == 8
+
+
+def test_a_submission_that_goes_on_with_another_output_writes_it_for_all_photos(photos):
+    whole = photos[3].read_bytes()
+    photos[3].write_bytes(b"")
+    error_of("data/val_images", "--submission", "submission.csv", "--mask")
+    photos[3].write_bytes(whole)
+    run("data/val_images", "--submission", "submission.csv", "--mask", "--overlay")
+    assert len(names()) == 16 and len(rows_of("submission.csv")) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ def label_mask(file: Path, value: int, size: tuple[int, int]) -> np.ndarray:
 def read_file(file: Path, has_photo: bool) -> list[Annotation] | None:
     """Return what a file that is no image says of photos, or None where it is no annotation. Raises UserError.
 
-    `has_photo` says whether there is a photo of the file's stem: then an empty file is YOLO's, without an object.
+    A format with an ending of its own comes first; the content tells the others. `has_photo` says whether there is a
+    photo of the file's stem: then an empty file is YOLO's, without an object.
     """
     with reading(file):
         with file.open("rb") as content:
