@@ -220,7 +220,7 @@ class State:
     photo_dice: list[list[float]] = field(default_factory=list)  # of each validation photo in each of these rows
     best: float = -1.0  # Dice of the best epoch
     epoch: Epoch = field(default_factory=Epoch)  # the one under way
-    plan: dict[str, float] | None = None  # for MINUTES: a rehearsal's costs, and "photos", first "chosen"
+    plan: dict[str, float] | None = None  # for MINUTES: a rehearsal's costs, and the "photos" chosen
     spent: float = 0.0  # seconds that processes before this one have spent on the run
     started: float = field(default_factory=time.monotonic)  # when this process began with it
 

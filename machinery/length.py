@@ -117,7 +117,7 @@ class Length:
                     f"MINUTES is {self.s.minutes:g}, of which {spent / 60:.2g} are over before the first step: set it "
                     f"to {math.ceil(11 * least) / 10:g} or more"
                 )
-            self.state.plan["photos"] = self.state.plan["chosen"] = self.done + photos
+            self.state.plan["photos"] = self.done + photos
         self.check_due = time.monotonic() + limit / 40
 
     def watch(self, seconds: float, photos: int) -> bool:
@@ -134,9 +134,8 @@ class Length:
         photos = processes.all_reduce_max(self._fitting()) if self.s.minutes else before  # the first process decides
         if photos != before:
             self.state.plan = self.state.plan | {"photos": photos}
-            what = "slower than the rehearsal" if photos < before else "faster again"
-            epochs, epochs_before = photos / self.photos, before / self.photos
-            tqdm.write(f"This is {what}: it ends after {epochs:.4g} epochs instead of {epochs_before:.4g}.")
+            what, epochs, was = "slower" if photos < before else "faster", photos / self.photos, before / self.photos
+            tqdm.write(f"This is {what} than expected: it ends after {epochs:.4g} epochs instead of {was:.4g}.")
         if self.steps == 5:
             left = self.seconds_left()
             end = datetime.now() + timedelta(seconds=left)
@@ -145,9 +144,9 @@ class Length:
         return photos != before
 
     def _fitting(self) -> int:
-        """Return how many photos the run is to have in all, so that it ends within a twentieth of MINUTES.
+        """Return how many photos the run is to have in all, so that it takes 0.9 to 1.05 of MINUTES.
 
-        They are those that were chosen at most: a run that was never slower than its rehearsal keeps its length.
+        A run that expects that keeps its length, and so ends with the same weights where it is stopped and continued.
         """
         if processes.RANK:
             return 0
@@ -155,13 +154,12 @@ class Length:
             return self.total
         limit, left = 60 * self.s.minutes, self.seconds_left()
         self.check_due = time.monotonic() + limit / 40
-        expected, is_short = (self.state.seconds + left) / limit, self.total < self.state.plan["chosen"]
-        if expected < 1.05 and (expected > 0.95 or not is_short):
+        if 0.9 * limit < self.state.seconds + left < 1.05 * limit:
             return self.total
         speed = self.seconds_for(self.total - self.done) / left  # 1 is the rehearsal's
         fitting = self.photos_in(speed * (limit - self.state.seconds))
         fewest = min(self.batch_size, self._until_round())  # a step, unless that needed another validation
-        return min(self.done + max(fitting, fewest), self.state.plan["chosen"])
+        return self.done + max(fitting, fewest)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What to expect

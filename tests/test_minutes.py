@@ -101,7 +101,7 @@ def test_it_takes_its_time_and_the_schedule_ends_with_it(project, run_train, mon
     assert re.search(
         rf"^{photos} photos: {minutes:g} minutes are {total / photos:.4g} epochs, \d+ steps", out, re.MULTILINE
     )
-    assert "slower than the rehearsal" not in out
+    assert "slower than expected" not in out
     assert f"after epoch {epochs} of {epochs}" in Path("saved_images/index.html").read_text()
     assert float(rows()[-1]["learning_rate"]) < 0.1 * train.LEARNING_RATE
 
@@ -116,7 +116,7 @@ def test_a_machine_that_becomes_slower_ends_in_time_with_a_finished_schedule(
     clock.later = {drawn.randint(12, 40): drawn.uniform(1.5, 4)}
     run_train("--minutes", "5")
     assert 4.5 < clock.minutes() < 5.5
-    assert "This is slower than the rehearsal: it ends after" in capsys.readouterr().out
+    assert "This is slower than expected: it ends after" in capsys.readouterr().out
     assert int(rows()[-1]["epoch"]) == chosen()[0]
     assert float(rows()[-1]["learning_rate"]) < 0.2 * train.LEARNING_RATE
 
@@ -130,9 +130,20 @@ def test_a_machine_that_is_slow_for_a_while_ends_in_time_with_no_more_epochs_tha
     run_train("--minutes", "6")
     assert 5.4 < clock.minutes() < 6.6
     out = capsys.readouterr().out
-    assert "slower than the rehearsal" in out and "This is faster again: it ends after" in out
+    assert "slower than expected" in out and "This is faster than expected: it ends after" in out
     said = float(re.search(r"6 minutes are (\S+) epochs", out)[1])
     assert chosen()[0] <= said
+
+
+def test_a_machine_that_becomes_faster_uses_its_time(project, run_train, monkeypatch, capsys):
+    leave_photos(12, 4)
+    clock = Clock(monkeypatch, 1.0, 0.3)
+    clock.later = {12: 0.4}
+    run_train("--minutes", "5")
+    assert 4.5 < clock.minutes() < 5.5
+    out = capsys.readouterr().out
+    assert "This is faster than expected: it ends after" in out and "slower" not in out
+    assert float(rows()[-1]["learning_rate"]) < 0.1 * train.LEARNING_RATE
 
 
 @pytest.mark.parametrize("slower", [1.1, 1.2, 1.3, 1.4, 1.5])
@@ -143,7 +154,7 @@ def test_a_validation_that_a_few_more_photos_would_need_counts(project, run_trai
     clock.later = {8: slower}  # and no faster from there on
     run_train("--minutes", "3.2")
     assert 0.7 < clock.minutes() / 3.2 < 1.1
-    assert "faster again" not in capsys.readouterr().out
+    assert "faster than expected" not in capsys.readouterr().out
 
 
 def test_the_part_of_an_epoch_that_fits_is_said_before_and_trained_on(project, run_train, monkeypatch, capsys):
@@ -334,7 +345,7 @@ def test_all_processes_choose_the_same(project):
     assert [process.status(120) for process in started] == [0, 0], "".join(process.output() for process in started)
     found = [json.loads(Path(f"length{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1] and found[0][0] > 16
-    assert "slower than the rehearsal" in started[0].output()
+    assert "slower than expected" in started[0].output()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
