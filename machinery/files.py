@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import unicodedata
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -99,12 +99,13 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def passed_over(paths: Iterable[Path], where: str | Path) -> list[str]:
+def passed_over(paths: Sequence[Path], where: str | Path) -> list[str]:
     """Return a line about the files among these paths that are neither photo nor mask, and one about folders.
 
-    The latter says how many photos they hold.
+    The latter says how many photos they hold. Outlines beside a photo (x.json of x.jpg) need no line.
     """
-    others = [path for path in paths if not is_image(path)]
+    photos = {path.with_suffix(".json") for path in paths if is_image(path)}
+    others = [path for path in paths if not is_image(path) and path not in photos]
     folders = list(filter(Path.is_dir, others))
     names, lines = [path.name for path in others if not path.is_dir()], []
     if names:

@@ -35,6 +35,7 @@ class Length:
         self.every = math.ceil(10 * validation / photos) if validation > photos else 1  # epochs
         self.guess = {"image": 1.0, "validation": validation, "end": FORWARD * val_photos}  # for a rehearsal's costs
         self.steps, self.timed_seconds, self.timed_photos = 0, 0.0, 0.0  # of this process; the first step is not timed
+        self.said = 0  # the run's photos that the last line has promised
 
     # -----------------------------------------------------------------------------------------------------------------
     # Photos and epochs
@@ -118,6 +119,7 @@ class Length:
                     f"to {math.ceil(11 * least) / 10:g} or more"
                 )
             self.state.plan["photos"] = self.done + photos
+        self.said = self.total
         self.check_due = time.monotonic() + limit / 40
 
     def watch(self, seconds: float, photos: int) -> bool:
@@ -131,17 +133,26 @@ class Length:
         kept = 0.5 ** (seconds / (3 * self.s.minutes)) if self.s.minutes else 1.0  # half of what is a twentieth old
         self.timed_seconds, self.timed_photos = kept * self.timed_seconds + seconds, kept * self.timed_photos + photos
         before = self.total
-        photos = processes.all_reduce_max(self._fitting()) if self.s.minutes else before  # the first process decides
-        if photos != before:
-            self.state.plan = self.state.plan | {"photos": photos}
-            what, epochs, was = "slower" if photos < before else "faster", photos / self.photos, before / self.photos
-            tqdm.write(f"This is {what} than expected: it ends after {epochs:.4g} epochs instead of {was:.4g}.")
+        if self.s.minutes:
+            self._fit()
         if self.steps == 5:
             left = self.seconds_left()
+            if self.s.minutes:  # where that is longer, the run will become shorter
+                left = min(left, 60 * self.s.minutes - self.state.seconds)
             end = datetime.now() + timedelta(seconds=left)
             day = "" if end.date() == datetime.now().date() else f"{end:%A}, "
             tqdm.write(f"It takes about {duration(self.state.seconds + left)}, until {day}{end:%H:%M}.")
-        return photos != before
+        return self.total != before
+
+    def _fit(self) -> None:
+        """Give the run the length that fits MINUTES now; say so where a tenth is different from what was said last."""
+        photos = processes.all_reduce_max(self._fitting())  # the first process decides
+        self.state.plan = self.state.plan | {"photos": photos}
+        if abs(photos - self.said) > 0.1 * self.said:
+            what, epochs = "slower" if photos < self.said else "faster", photos / self.photos
+            said = self.said / self.photos
+            tqdm.write(f"This is {what} than expected: it ends after {epochs:.4g} epochs instead of {said:.4g}.")
+            self.said = photos
 
     def _fitting(self) -> int:
         """Return how many photos the run is to have in all, so that it takes 0.9 to 1.05 of MINUTES.

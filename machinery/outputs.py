@@ -198,6 +198,11 @@ def check_ours(path: Path) -> None:
         raise UserError(f"{path} was not written by predict.py: move it away, or choose another --output-dir")
 
 
+def is_output(path: Path) -> bool:
+    """Return whether an image is one that predict.py has made of a photo."""
+    return path.stem.endswith(tuple(OUTPUTS)) and is_ours(path)
+
+
 def is_ours(path: Path) -> bool:
     """Return whether write_png or write_json has written a file."""
     with suppress(Exception):  # files of others raise many kinds of errors

@@ -17,7 +17,7 @@ from machinery.files import (
     passed_over,
     stem_of,
 )
-from machinery.outputs import OUTPUTS, is_ours, made_by_hand
+from machinery.outputs import is_output, made_by_hand
 from machinery.processes import RANK
 
 
@@ -46,7 +46,7 @@ def find_photos(inputs: list[str]) -> list[Photo]:
             files += below
             lines += passed_over(below, path) if path.is_dir() else []
         found = [path for path in files if is_image(path) or path == given]
-        found = [path for path in found if not (path.stem.endswith(tuple(OUTPUTS)) and is_ours(path))]
+        found = [path for path in found if not is_output(path)]
         if not found:
             others = [path for path in files if not is_image(path)]
             what = f"no photos there{but(others)}" if files or is_there else "nothing is there"

@@ -403,3 +403,8 @@ REASONS = {
 def test_reasons_are_in_our_words(case):
     error, wanted = REASONS[case]
     assert errors.reason_of(error) == wanted
+
+
+def test_outlines_beside_a_photo_are_not_said_to_be_passed_over():
+    paths = [Path("x/a.jpg"), Path("x/a.json"), Path("x/b.json")]
+    assert files.passed_over(paths, "x") == ["passed over in x, no photos by their endings: 1, such as b.json"]

@@ -271,3 +271,15 @@ def test_corrected_files_without_a_corrected_one_are_named(photos):
     run(*photos[:2], "--labelme", "--threshold", "0.01")
     with pytest.raises(UserError, match="none of these files was saved in LabelMe"):
         make_masks.main(["predictions", "--corrected"])
+
+
+def test_pictures_and_predictions_are_no_photos_that_nobody_has_outlined(photos, capsys):
+    predict.main(["data/val_images", "--labelme", "--overlay", "--cutout"])
+    saved_by_labelme(Path("predictions", f"{photos[0].stem}.json"))
+    capsys.readouterr()
+    make_masks.main(["data/val_images", "predictions", "--corrected"])
+    out = capsys.readouterr().out
+    assert "Predictions that nobody has saved in LabelMe since: 7, left out" in out and "no file mentions" not in out
+    Path("predictions", f"{photos[1].stem}.json").unlink()
+    make_masks.main(["data/val_images", "predictions", "--corrected"])
+    assert "Photos that no file mentions: 1, left out" in capsys.readouterr().out

@@ -48,6 +48,7 @@ from machinery.files import (
     nfc,
     stem_of,
 )
+from machinery.outputs import is_output
 from machinery.settings import Parser
 from machinery.shapes import line_rings, polygon_mask
 from tools.annotations import Annotation, label_image, read_file, reading
@@ -61,9 +62,10 @@ Pair = tuple[Annotation, Path | None]  # with its photo; None where only the ann
 
 
 class Photos:
-    """The photos below the sources, by name and by stem."""
+    """The photos below the sources, by name and by stem. Pictures that predict.py has made are none."""
 
     def __init__(self, paths: list[Path]) -> None:
+        paths = [path for path in paths if not is_output(path)]
         self.paths: dict[str, list[Path]] = {}
         self.count = sum(not path.stem.endswith(MASK_SUFFIX) for path in paths)
         for path in paths:
@@ -490,7 +492,8 @@ def main(argv: list[str] | None = None) -> None:
     if unclear := len(matched) - len(pairs):
         shapes = "points, lines, or boxes of COCO and YOLO"
         print(f"Photos with shapes that have no area ({shapes}): {unclear}, left out; --line-width draws lines")
-    if (others := photos.count - sum(photo is not None for _, photo in matched)) > 0:
+    left_out = predictions if args.corrected else 0  # a line of their own counts them
+    if (others := photos.count - left_out - sum(photo is not None for _, photo in matched)) > 0:
         print(f"Photos that no file mentions: {others}, left out")
     if predictions:
         fate = "left out" if args.corrected else "taken; --corrected leaves them out"

@@ -201,7 +201,7 @@ def gather(sources: Iterator[Source], stage: Path, suffix: str) -> dict[str, str
             )
         origins[place] = source.origin
         source.bring(stage / place)
-    for line in passed_over((Path(source.origin) for source in found), "the sources"):
+    for line in passed_over([Path(source.origin) for source in found], "the sources"):
         print(line)
     return origins
 
