@@ -289,7 +289,7 @@ def lock_of(path: Path) -> Path:
 def is_locked(file: Path) -> bool:
     """Return whether another process holds a lock."""
     try:
-        with FileLock(file, timeout=0) if file.exists() else nullcontext():
+        with FileLock(file).acquire(blocking=False) if file.exists() else nullcontext():
             return False
     except Timeout:
         return True
@@ -306,7 +306,7 @@ def locked(file: Path, used: str, seconds: float = 0) -> Iterator[None]:
     lock = FileLock(file)
     try:
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(blocking=False)
         except Timeout:
             if seconds:
                 tqdm.write(f"Another run is writing there: waiting {seconds} seconds for its end.")
