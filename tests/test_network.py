@@ -282,11 +282,9 @@ def test_older_descriptions_of_the_network_make_the_same_one(tile):
 
 def test_the_lines_of_the_readme_make_a_network_of_torchvision():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    row = next(line for line in readme.splitlines() if line.startswith("| the network |"))
-    lines = [line for line in re.findall(r"`([^`]+)`", row) if "import" in line or "return" in line]
-    assert len(lines) == 2
+    lines = re.search(r"^## The network$.*?^```python$(.*?)^```$", readme, re.MULTILINE | re.DOTALL)[1]
     names = {"OnlyLogits": OnlyLogits}
-    exec(f"def build_network(config, checkpointing=False):\n    {lines[0]}\n    {lines[1]}", names)
+    exec("def build_network(config, checkpointing=False):" + lines.replace("\n", "\n    "), names)
     with torch.device("meta"):
         network = names["build_network"]({})
         assert network(torch.empty(2, 3, 64, 96)).shape == (2, 1, 64, 96)
