@@ -25,13 +25,10 @@ multiprocessing.set_forkserver_preload(["forked", "torch._dynamo", "torchvision"
 SMALL = ["--image-height", "32", "--image-width", "48", "--features", "8", "16", "--num-workers", "0"]
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run what is chosen by name, by -k or by -m (a GPU's tests) in this process: others take seconds to start.
-
-    Else one process more than there are cores: many tests wait for other processes.
-    """
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run what is chosen by name, by -k or by -m (a GPU's tests) in this process: others take seconds to start."""
     is_chosen = config.option.keyword or config.option.markexpr or any("::" in name for name in config.args)
-    return 0 if is_chosen else (os.cpu_count() or 1) + 1
+    return 0 if is_chosen else None
 
 
 @pytest.fixture(scope="session")
