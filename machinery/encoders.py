@@ -155,8 +155,7 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
         shapes = {name: weight.shape for name, weight in weights.items()}
     except Exception as error:  # files of other kinds raise many kinds
         raise UserError(f"ENCODER_WEIGHTS: {file} is damaged, or no state dict: download it again") from error
-    with torch.device("meta"):
-        wanted = timm.create_model(name, num_classes=0)
+    wanted = timm.create_model(name, num_classes=0)  # not on "meta": before 1.0.24 timm's convnext fails there
     needed = {key: weight.shape for key, weight in wanted.state_dict().items() if "num_batches_tracked" not in key}
     if not needed.items() <= shapes.items():
         raise UserError(f"ENCODER_WEIGHTS: {file} holds another network than ENCODER {name}: give that one's weights")
