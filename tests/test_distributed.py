@@ -25,15 +25,14 @@ def group(monkeypatch):
     return done
 
 
-def test_the_group_is_destroyed_after_success_only(group):
+def test_the_group_is_never_destroyed(group):
+    """It may wait for ever: with NCCL after an error for a process that is gone, with PyTorch 2.6's gloo at any time."""
     with processes.process_group(1):
         pass
-    assert group == ["init", "destroy"]
     for error in (ValueError, UserError, dist.DistBackendError):
-        group.clear()
         with pytest.raises((ValueError, UserError)), processes.process_group(1):
             raise error("nccl")
-        assert group == ["init"]  # with NCCL destroying may wait for ever for a process that is gone
+    assert group == ["init"] * 4
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def test_an_error_in_a_group_ends_the_process_at_once():
         "import atexit, time, torch.distributed as dist\n"
         "from machinery import errors\n"
         "def main():\n"
-        "    dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', world_size=1, rank=0)\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), world_size=1, rank=0)\n"
         "    atexit.register(time.sleep, 60)  # as NCCL may wait for the others\n"
         "    raise errors.UserError('no photos: add some')\n"
         "errors.run(main)"
