@@ -26,7 +26,7 @@ def group(monkeypatch):
 
 
 def test_the_group_is_never_destroyed(group):
-    """It may wait for ever: with NCCL after an error for a process that is gone, with PyTorch 2.6's gloo at any time."""
+    """It may wait for ever: with NCCL for a process that is gone, with PyTorch 2.6's gloo at any time."""
     with processes.process_group(1):
         pass
     for error in (ValueError, UserError, dist.DistBackendError):
