@@ -103,7 +103,7 @@ def test_any_number_of_signals_to_all_processes_saves(project):
     for _ in range(5):
         os.killpg(process.pid, signal.SIGTERM)
         time.sleep(0.01)
-    assert process.status() == 143, process.output()
+    assert process.status() in (143, -signal.SIGTERM), process.output()  # the latter from one after the run's end
     assert "Traceback" not in process.output() and "continue with the same flags" in process.output()
     assert len(rows()) >= 1 and weights()
 
