@@ -102,8 +102,8 @@ def test_any_number_of_signals_to_all_processes_saves(project):
     process.wait_for("best")
     for _ in range(5):
         os.killpg(process.pid, signal.SIGTERM)
-        time.sleep(0.01)
-    assert process.status() in (143, -signal.SIGTERM), process.output()  # the latter from one after the run's end
+        time.sleep(0.001)  # all of them before the run has saved, which takes some 50 ms
+    assert process.status() == 143, process.output()
     assert "Traceback" not in process.output() and "continue with the same flags" in process.output()
     assert len(rows()) >= 1 and weights()
 
