@@ -19,19 +19,21 @@ from machinery.transforms import augment, check_transforms
 if TYPE_CHECKING:  # predict.py uses this module without it
     import albumentations as A
 
-CROPS = 8  # an epoch has so many crops of each photo
+CROPS = 8  # crops of each photo in an epoch
 MARGIN = 0.3  # of a crop's longer side is read around it, so that scaling and rotation find real surroundings
-SMALL = 128  # pixels: crops of this height and width may be larger than every photo
-VAL_PHOTOS = 32  # with crops, a validation takes so many photos at most: one of 1918 x 1280 costs 64 of 160 x 240
+SMALL = 128  # pixels: a crop up to this height and width may be larger than every photo
+VAL_PHOTOS = 32  # photos of a validation at most, with crops: one of 1918 x 1280 costs 64 of 160 x 240
 
 Key = int | tuple[int, int, int]  # an index, or (epoch, position in the epoch, index)
 
 
 class CarvanaDataset(Samples, Dataset):
-    """Images with binary masks; the augmentation of a sample depends on (seed, epoch, position) alone.
+    """Images with binary masks; the augmentation of a sample depends only on (seed, epoch, position).
 
     Args:
-        image_dir, mask_dir, size, mask_suffix: as for Samples.
+        image_dir, mask_dir: folders of the photos and of their masks.
+        size: (height, width) of every sample; a float is the share to which each photo is reduced.
+        mask_suffix: what a mask's name has after its photo's.
         augmentation: what changes each sample at random, of albumentations. What it leaves at another size is resized.
         seed: of the augmentation.
     """
@@ -96,7 +98,7 @@ class CarvanaDataset(Samples, Dataset):
 
 
 class CropDataset(CarvanaDataset):
-    """Crops of images with binary masks; each depends on (seed, epoch, photo, number of the crop) alone.
+    """Crops of images with binary masks; each depends only on (seed, epoch, photo, number of the crop).
 
     A third of them is centred on a pixel of the foreground, where there is any; the others lie anywhere. A crop is the
     middle of a larger window after augmentation. Beyond the photo, images are mirrored and masks are void (ignored).

@@ -76,10 +76,10 @@ class UNet(nn.Module):
             has twice the last stage's channels. The default has 31 million weights.
         checkpointing: whether training keeps no activations within a DoubleConv or an encoder, but computes them again
             when it needs them: less memory, a third more time, the same weights (BatchNorm counts a batch twice).
-        encoder: the name of a network of timm that takes the place of the U-Net's own, for images of three channels and
-            64 pixels or more; its features give the stages their channels. The decoder ends at the size of the largest
-            ones, half or a quarter of the image's, and the head gives each place a block of logits.
-            encoder.load_pretrained() makes it worth having.
+        encoder: the name of a network of timm that takes the place of the U-Net's own encoder, for images of three
+            channels and 64 pixels or more. Its features give the stages their channels. The decoder ends at the size of
+            the largest ones, half or a quarter of the image's. There the head gives a block of logits for each place.
+            encoder.load_pretrained() loads its weights.
         tile: (height, width) of the tiles in which it sees larger images in eval mode; None shows it whole images.
         full_size_decoder: whether the decoder of an encoder goes on to full size, as it did until format 6 of
             checkpoints: two to four times slower, and no better (docs/measurements.md).
@@ -148,7 +148,7 @@ class UNet(nn.Module):
         *skips, x = self.recomputed(self.encoder, x) if self.encoder else self.encode(x)  # (N, 1024, H / 16, W / 16)
         for up, up_conv in zip(self.ups, self.up_convs, strict=True):
             x, skip = up(x), skips.pop()  # both (N, 512, H / 8, W / 8) at first, and (N, 64, H, W) at last
-            x = self.recomputed(up_conv, x if skip is None else torch.cat((skip, x), dim=1))
+            x = self.recomputed(up_conv, x if skip is None else torch.cat((skip, x), dim=1))  # None: no such features
 
         return F.pixel_shuffle(self.head(x), self.block)[..., :height, :width]  # (N, 1, height, width)
 
@@ -201,7 +201,7 @@ def build_network(config: dict, checkpointing: bool = False) -> nn.Module:
 
 
 class OnlyLogits(nn.Module):
-    """A network that returns a dictionary with its logits as "out", as torchvision's do: returns these alone."""
+    """A network that returns a dictionary with its logits as "out", as torchvision's do: returns only these."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -242,8 +242,8 @@ def check_logits(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
     """Raise UserError unless a network returns logits (N, 1, H, W) for images (N, C, H, W): a forward hook."""
     if not isinstance(logits, Tensor):
         raise UserError(
-            f"the network gives a {type(logits).__name__}, not logits: let build_network (model.py) return these "
-            'alone, as OnlyLogits does with a dictionary\'s "out"'
+            f"the network gives a {type(logits).__name__}, not logits: let build_network (model.py) return only "
+            'these, as OnlyLogits does with a dictionary\'s "out"'
         )
     (images,) = inputs
     if logits.shape != (images.shape[0], 1, *images.shape[2:]):
@@ -262,8 +262,8 @@ def size_multiple(features: tuple[int, ...]) -> int:
 def update_batch_norm(loader: DataLoader, epoch: int, model: nn.Module, device: Device) -> None:
     """Set BatchNorm's running statistics to those of an epoch's last 64 images or more, with the current weights.
 
-    Those kept while training lag behind weights that move fast: Dice after the first epoch was 0.66, with this 0.94.
-    From 16 images they vary: a seed of the quick start reached 0.937 instead of 0.956. Layers of other classes, such as
+    Those kept while training lag behind weights that move fast: when this was added, Dice after the first epoch rose
+    from 0.66 to 0.94. From 16 images they vary: that took a seed from 0.956 to 0.937. Layers of other classes, such as
     torchvision's FrozenBatchNorm2d, stay as they are.
     """
     order = loader.batch_sampler
@@ -280,7 +280,7 @@ def update_batch_norm(loader: DataLoader, epoch: int, model: nn.Module, device: 
 # Large images
 
 
-TILES = 4  # the network sees so many tiles at once
+TILES = 4  # that the network sees at once
 
 
 def round_up(length: int, multiple: int) -> int:

@@ -28,7 +28,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads wait briefly, or two runs slow each other down fivefold
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads wait briefly; else two runs take five times as long
 
 import cv2
 import numpy as np
@@ -62,7 +62,7 @@ from machinery.files import (
 )
 from machinery.formats import Source
 from machinery.objects import Objects
-from machinery.objects import objects as objects  # for Python
+from machinery.objects import objects as objects  # `from predict import objects` works
 from machinery.outputs import (
     COCO_HEAD,
     OUTPUTS,
@@ -159,7 +159,7 @@ class Predictor(nn.Module):
         return logits[:, 0].cpu().numpy()
 
     def logits(self, images: list[np.ndarray], tta: bool) -> Sequence[np.ndarray]:
-        """Return the logits of each of `read`'s images."""
+        """Return the logits of images from `read`."""
         return self(np.stack(images), tta)
 
     def read(self, source: Source) -> np.ndarray:
@@ -272,14 +272,14 @@ def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndar
 
     A fast guided filter (He and Sun 2015, https://arxiv.org/abs/1505.00996): over 5 x 5 pixels of the network each, the
     probabilities are fitted by a linear function of the brightness, which is enlarged, and applied to the photo. That
-    took a fifth of the quick start's error: Dice 0.9852, with logits enlarged linearly 0.9811 (2026-11-22). Photos of
+    took a fifth of the quick start's error of that day: Dice 0.9852, with logits enlarged linearly 0.9811. Photos of
     less than twice the network's size would lose by it, and get their logits enlarged linearly.
 
     Args:
         logits, image: the network's output float32 (h, w), and its input uint8 (h, w, 3).
         photo: uint8 (H, W, 3).
     """
-    if photo.size < 3.9 * image.size:  # 4 but for the rounding of half a photo's size
+    if photo.size < 3.9 * image.size:  # 4, but half a photo's size was rounded
         how = cv2.INTER_AREA if photo.size < image.size else cv2.INTER_LINEAR
         enlarged = cv2.resize(logits, photo.shape[1::-1], interpolation=how) if image.shape != photo.shape else logits
         return torch.from_numpy(enlarged).sigmoid().numpy()
@@ -288,7 +288,7 @@ def enlarge(logits: np.ndarray, image: np.ndarray, photo: np.ndarray) -> np.ndar
     brightness = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     variance = mean(brightness**2) - mean(brightness) ** 2
     covariance = mean(brightness * probabilities) - mean(brightness) * mean(probabilities)
-    slope = covariance / (variance + 15)  # 15 is a standard deviation of 4 of 255: what varies less is no edge
+    slope = covariance / (variance + 15)  # 15 is about 4 squared: what varies by less than 4 levels is no edge
     offset = mean(probabilities) - slope * mean(brightness)
 
     enlarged = cv2.resize(mean(slope), photo.shape[1::-1])
@@ -481,7 +481,7 @@ def full_size_dice(checkpoint: Path, val_set: Samples, device: Device, batch_siz
             tqdm.write(f"No Dice at the photos' original size: {error}")
             total[:] = np.nan  # the sum of all processes, too
     means = all_reduce_sum(torch.from_numpy(total)).numpy() / len(val_set.pairs)
-    best = max(range(len(means)), key=lambda number: (means[number], -abs(number - 9)))
+    best = max(range(len(means)), key=lambda number: (means[number], -abs(number - 9)))  # of equals, nearest to 0.5
     return means[9], (best + 1) / 20, means[best]
 
 
@@ -511,7 +511,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--label", default="object", help="the object's label for LabelMe and COCO [object]")
     small = "smaller objects are left out everywhere, in pixels; in LabelMe smaller holes, too [0, in LabelMe 10]"
     add("--min-area", type=int, metavar="N", help=small)
-    add("--largest", action="store_true", help="the largest object alone; all others are left out everywhere")
+    add("--largest", action="store_true", help="only the largest object; all others are left out everywhere")
     add("--objects", action="store_true", help="objects.csv: a row for each object; their numbers on --overlay")
     add("--coco", type=Path, metavar="FILE.json", help="the objects of all photos as annotations in COCO's format")
     add("--submission", type=Path, metavar="FILE", help="submission.csv or .csv.gz for Kaggle, instead of masks")

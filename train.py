@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or each import of it asks the internet for a newer version
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads wait briefly, or two runs slow each other down fivefold
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise each import of it asks the internet for a newer version
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads wait briefly; else two runs take five times as long
 
 import albumentations as A
 import cv2
@@ -43,15 +43,15 @@ TRAIN_MASK_DIR = "data/train_masks"
 VAL_IMG_DIR = "data/val_images"
 VAL_MASK_DIR = "data/val_masks"
 MASK_SUFFIX = "_mask"  # the mask of xxx.jpg is xxx_mask.gif (or .png, ...), or plain xxx.png
-FOREGROUND_VALUES: tuple[int, ...] | str | None = None  # (15,): label 15 alone; "labels": all but 0; "brightness"
+FOREGROUND_VALUES: tuple[int, ...] | str | None = None  # (15,): only label 15; "labels": all but 0; "brightness"
 CACHE_DIR: str | None = "data/cache"  # for decoded photos, 4 bytes a pixel; None decodes them in every epoch
 
 # The network, and the size at which it sees photos. Larger finds finer edges; time and memory grow with the area.
-IMAGE_HEIGHT = 160  # pixels, at least 16; Carvana's photos are 1280
-IMAGE_WIDTH = 240  # pixels, at least 16; Carvana's photos are 1918
+IMAGE_HEIGHT = 160  # pixels, at least 16 (64 with ENCODER); Carvana's photos are 1280
+IMAGE_WIDTH = 240  # pixels, at least 16 (64 with ENCODER); Carvana's photos are 1918
 CROP: tuple[int, int] | None = None  # height and width of crops to train on, not whole photos: for small, thin things
 SCALE = 1.0  # with CROP, the share of their size to which photos are reduced before
-FEATURES = (64, 128, 256, 512)  # channels of each stage; (16, 32, 64, 128) is 16 times faster and less exact
+FEATURES = (64, 128, 256, 512)  # channels of each stage; (16, 32, 64, 128) is much faster and less exact
 ENCODER: str | None = None  # a pretrained network of timm, such as "tf_efficientnet_lite0": learns from few photos
 ENCODER_WEIGHTS: str | None = None  # a file of its weights; None downloads them
 
@@ -99,14 +99,16 @@ def make_augmentation() -> A.Compose:
 
 
 def image_losses(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return each image's loss, (N,), from float32 logits and masks (N, 1, H, W).
+    """Return each image's loss, (N,), not their mean, from float32 logits and masks (N, 1, H, W).
 
     Masks are 0 or 1, and nan where pixels are ignored (void): these do not count.
     """
     known, masks = ~masks.isnan(), masks.nan_to_num()
     losses = nn.functional.binary_cross_entropy_with_logits(logits, masks, reduction="none") * known
     losses = losses.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
-    return losses + DICE_WEIGHT * soft_dice_losses(logits, masks, known) if DICE_WEIGHT else losses
+    if DICE_WEIGHT:
+        losses = losses + DICE_WEIGHT * soft_dice_losses(logits, masks, known)
+    return losses
 
 
 def soft_dice_losses(logits: Tensor, masks: Tensor, known: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def train_step(state: State, images: Tensor, masks: Tensor, device: Device, s: S
     state.optimizer.zero_grad()
     parts = list(zip(images.chunk(s.accumulation), masks.chunk(s.accumulation), strict=True))
     for number, (some_images, some_masks) in enumerate(parts, start=1):
-        with processes.no_sync(state.forward, is_last=number == len(parts)):
+        with processes.no_sync(state.forward, is_last=number == len(parts)):  # processes add gradients up at the last
             with device.autocast():
                 logits = state.forward(some_images)
             loss = image_losses(logits.float(), some_masks).sum()
@@ -160,7 +162,7 @@ def train_epoch(run: Run, device: Device, s: SimpleNamespace) -> None:
 
 
 def load_data(s: SimpleNamespace, beginning: Beginning) -> tuple[CarvanaDataset, CarvanaDataset]:
-    """Return the training and validation photos, decoded by the checkpoint's rule or by their own."""
+    """Return the training and validation photos. What values mean is the checkpoint's rule, if it has one."""
     size = float(s.scale) if s.crop else (s.image_height, s.image_width)
     dataset = partial(CropDataset, crop=s.crop) if s.crop else CarvanaDataset
     train_set = dataset(s.train_img_dir, s.train_mask_dir, size, make_augmentation(), s.seed, s.mask_suffix)
@@ -174,7 +176,7 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
     """Return an untrained network, its optimizer and its gradient scaler.
 
     Args:
-        foreground: its mean share of the masks; the network first predicts that everywhere.
+        foreground: the masks' mean share of foreground; the network first predicts that everywhere.
         photos: their number in an epoch.
         beginning: the checkpoint that the run continues or starts from. Its network is made here, without its weights.
     """
@@ -207,7 +209,8 @@ def train(s: SimpleNamespace, load_data: FunctionType = load_data) -> None:
     train_set, val_set = load_data(s, beginning)
     val_part, show_size = val_set.part_to_validate(s.crop)
     train_loader, val_loader = get_loaders(train_set, val_part, s.batch_size, s.num_workers, device, s.seed)
-    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)  # prints them
+    # Prints the data report, and draws pictures later
+    report = Report(s.saved_images_dir, train_set, val_set, val_part, vars(s), save_predictions_as_imgs)
 
     # 2. Network and optimizer
     state = new_state(s, device, train_set.infos["foreground"].mean(), len(train_set), beginning)
@@ -240,7 +243,7 @@ def train(s: SimpleNamespace, load_data: FunctionType = load_data) -> None:
 
 
 def main(argv: list[str] | None = None, load_data: FunctionType = load_data) -> None:
-    with read_settings(globals(), argv, size_multiple, processes.WORLD_SIZE) as s:
+    with read_settings(globals(), argv, size_multiple, processes.WORLD_SIZE) as s:  # flags change the constants, too
         advice = (
             f"at BATCH_SIZE {s.batch_size} and {s.image_height} x {s.image_width} pixels: halve BATCH_SIZE or double "
             "ACCUMULATION, set ACTIVATION_CHECKPOINTING = True, or halve height and width"

@@ -32,7 +32,7 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.num_workers and not self._iterator:
             loader = weakref.ref(self)
-            atexit.register(lambda: loader() and loader().close())  # or Python would wait for its workers for ever
+            atexit.register(lambda: loader() and loader().close())  # else Python would wait for its workers for ever
         with processes.signals_blocked() if self.num_workers else nullcontext():
             batches = self._started()
         for batch in batches:
@@ -171,7 +171,7 @@ def dice_at_thresholds(probabilities: np.ndarray, mask: np.ndarray, known: np.nd
         levels = np.ceil(20 * probabilities[rows]).astype(np.uint8)
         for row, pixels in zip(counts, (known[rows], (mask & known)[rows]), strict=True):
             row += cv2.calcHist([levels], [0], pixels.view(np.uint8), [21], [0, 21]).ravel()
-    at_least = counts[:, ::-1].cumsum(1)[:, ::-1]  # how many pixels pass so many thresholds or more
+    at_least = counts[:, ::-1].cumsum(1)[:, ::-1]  # element k: how many pixels pass k thresholds or more
     predicted, hits = at_least[:, 2:]  # level 2 is above 0.05, level 20 above 0.95
     total = predicted + counts[1].sum()
     return np.where(total == 0, 1.0, 2 * hits / np.maximum(total, 1))
@@ -197,6 +197,13 @@ def boundary_f1(prediction: np.ndarray, mask: np.ndarray, known: np.ndarray) -> 
     )
     precision, recall = near_true[predicted > 0].mean(), near_predicted[true > 0].mean()
     return float(2 * precision * recall / max(precision + recall, 1e-9))
+
+
+def check_losses(losses: Tensor, images: int) -> None:
+    """Raise UserError unless train.py's image_losses gives a loss for each of so many images, (N,)."""
+    if losses.shape != (images,):
+        given = " x ".join(map(str, losses.shape)) or "a single number"
+        raise UserError(f"image_losses (train.py) gives {given} for {images} images: return a loss for each of them")
 
 
 @torch.inference_mode()
@@ -228,6 +235,7 @@ def check_accuracy(
             logits = logits.float()
             mine = slice(len(indices[processes.shard(len(indices))]))
             batch_losses = image_losses(logits, masks)
+            check_losses(batch_losses, len(images))
             batch_counts = torch.stack(confusion(logits > 0, masks > 0, ~masks.isnan()), 1)  # sigmoid(logits) > 0.5
             losses.append(processes.all_gather(batch_losses[mine], len(indices)))
             counts.append(processes.all_gather(batch_counts[mine], len(indices)))

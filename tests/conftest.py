@@ -14,7 +14,6 @@ import torch
 import predict
 import train
 import utils
-from machinery import report
 from machinery.decoding import read_image
 from machinery.sample_data import draw_dataset
 from model import UNet
@@ -61,6 +60,8 @@ def few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 def draw_few_pictures(setattr: Callable[[object, str, object], None] = setattr) -> None:
+    from machinery import report  # again: forked.Script imports the project anew
+
     begin = report.Report.begin
 
     def begin_the_last(self: report.Report, epoch: int, is_last: bool) -> object:

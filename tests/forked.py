@@ -68,7 +68,10 @@ class Training(Forked):
 
 
 class Script(Forked):
-    """What `python script flags` does, with more variables in its environment, in a network namespace of that name."""
+    """What `python script flags` does, with few pictures.
+
+    It has more variables in its environment, and may be in a network namespace.
+    """
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class Script(Forked):
             folders = Path(getattr(module, "__file__", None) or "").parents
             if ROOT in folders and ROOT / ".venv" not in folders and name != "__main__":
                 del sys.modules[name]
+        draw_few_pictures()
         sys.argv = [self.script, *self.flags]
         runpy.run_path(self.script, run_name="__main__")
 

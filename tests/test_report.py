@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import leave_photos, rows
+from conftest import draw_few_pictures, leave_photos, rows
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -198,9 +198,10 @@ def test_the_page_shows_each_photos_dice_worst_first(project, run_train):
     assert np.mean(shown) == pytest.approx(float(rows()[2]["dice"]), abs=1e-9)
 
 
-def test_of_many_epochs_the_last_ten_are_open(project, run_train):
-    leave_photos(16, 2)
-    flags = ["--batch-size", "16", "--num-epochs"]
+def test_of_many_epochs_the_last_ten_are_open(project, run_train, monkeypatch):
+    draw_few_pictures(monkeypatch.setattr)
+    leave_photos(4, 2)
+    flags = ["--num-epochs"]
     run_train(*flags, "10")
     assert page().count("<details open>") == 1 and "Scores of epochs" not in page()
     run_train(*flags, "13", "--load-model")

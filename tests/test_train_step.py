@@ -150,6 +150,20 @@ def test_training_and_validation_have_one_loss(project, run_train, monkeypatch):
     assert float(rows()[0]["train_loss"]) == float(rows()[0]["val_loss"]) == 7
 
 
+@pytest.mark.parametrize(
+    ("own_loss", "given"),
+    [
+        (torch.nn.BCEWithLogitsLoss(), "a single number"),
+        (torch.nn.BCEWithLogitsLoss(reduction="none"), "4 x 1 x 32 x 48"),
+    ],
+)
+def test_a_loss_from_a_tutorial_is_named(own_loss, given, project, run_train, monkeypatch):
+    leave_photos(8, 4)
+    monkeypatch.setattr(train, "image_losses", own_loss)
+    with pytest.raises(UserError, match=f"gives {given} for 4 images: return a loss for each"):
+        run_train("--num-epochs", "1")
+
+
 def test_another_optimizer_is_one_line(project, run_train, monkeypatch):
     leave_photos(8, 4)
     monkeypatch.setattr(train, "Muon", functools.partial(torch.optim.SGD, momentum=0.9))
