@@ -506,7 +506,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("predictions"), help="[predictions]")
     for kind, (_, text) in OUTPUTS.items():
         takes_value = {"metavar": "COLOUR|IMAGE"} if kind == "background" else {"action": "store_true"}
-        add(f"--{kind}", help=f"<name>_{kind}.png: {text}".replace("%", "%%"), **takes_value)
+        add(f"--{kind}", help=f"<name>_{kind}: {text}".replace("%", "%%"), **takes_value)
     add("--labelme", action="store_true", help="<name>.json: the object's outlines, to correct them in LabelMe")
     add("--label", default="object", help="the object's label for LabelMe and COCO [object]")
     small = "smaller objects are left out everywhere, in pixels; in LabelMe smaller holes, too [0, in LabelMe 10]"

@@ -186,10 +186,11 @@ def write_png(path: Path, picture: Image.Image) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a dictionary. Raises UserError as write_png does."""
+    """Write a dictionary, in which numpy's numbers and arrays may be. Raises UserError as write_png does."""
     with saving(path) as temporary:
         check_ours(path)
-        temporary.write_text(json.dumps({"software": SOFTWARE} | content), encoding="utf-8")
+        text = json.dumps({"software": SOFTWARE} | content, default=lambda value: value.tolist())
+        temporary.write_text(text, encoding="utf-8")
 
 
 def check_ours(path: Path) -> None:

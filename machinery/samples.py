@@ -176,21 +176,29 @@ class Samples:
         return f"they hold {listed(shares)}: choose the object's, such as --foreground-values {foreground:g}"
 
     def _cached(self, cache_dir: Path, keys: list[tuple]) -> np.ndarray:
-        """Find or build the file for these keys, and serve from it. Raises OSError where it cannot be written."""
+        """Find or build a file for these keys, and serve from it. Raises OSError where it cannot be written."""
         cache_dir.mkdir(parents=True, exist_ok=True)
         place = cache_dir / _digest(DECODER, self.size, str(self.image_dir.resolve()), str(self.mask_dir.resolve()))
-        index_file = place.with_name(f"{place.name}-{_digest(keys, self.chosen, self.rule and asdict(self.rule))}.json")
         with in_turn(place.with_suffix(".lock")):  # of several processes one builds and the others wait
-            if (index := self._read_index(index_file)) is None or not self._suits(*index[1:3]):
-                self._build(place, index_file, keys)
-                index = self._read_index(index_file)
-            self.cache_file, rule, rows, self._starts = index
+            if (index := self._find_index(place, keys)) is None:
+                self._build(place, keys)
+                index = self._find_index(place, keys)
+            self.cache_file, _, rows, self._starts = index
             self._map_cache()
             self._hold()
-            self._remove_others(place, index_file)
-        self.rule = self.rule or rule
+            self._remove_others(place)
         self.notes = [note for _, _, note in rows]
+        self.rule = self.rule or self._settled()
         return np.array([info for _, info, _ in rows], INFO)
+
+    def _find_index(self, place: Path, keys: list[tuple]) -> tuple[Path, Rule, list, list[int]] | None:
+        """Return the index of a file with these keys' samples as the rule, or the files' own, decodes them; or None."""
+        for path in place.parent.glob(f"{place.name}-*.json"):
+            if index := self._read_index(path):
+                _, rule, rows, _ = index
+                if [key for key, _, _ in rows] == keys and self._suits(rule, rows):
+                    return index
+        return None
 
     def _read_index(self, path: Path) -> tuple[Path, Rule, list, list[int]] | None:
         """Return the file of samples, its rule, the (key, info, note) of each row, and where the samples start in it.
@@ -210,7 +218,7 @@ class Samples:
         self._held = FileLock(self.cache_file.with_name(f"{self.cache_file.name}-{secrets.token_hex(4)}.lock"))
         self._held.acquire()
 
-    def _remove_others(self, place: Path, index_file: Path) -> None:
+    def _remove_others(self, place: Path) -> None:
         """Remove the other caches of these folders at this size, unless a run holds them, and what kills have left."""
         for data in place.parent.glob(f"{place.name}-*.samples"):
             locks = list(place.parent.glob(f"{data.name}-*.lock"))
@@ -221,7 +229,7 @@ class Samples:
                 with suppress(OSError):  # on Windows a file that another run reads cannot be deleted
                     file.unlink()
         for path in place.parent.glob(f"{place.name}-*.json"):
-            if path != index_file and self._read_index(path) is None:
+            if self._read_index(path) is None:
                 path.unlink(missing_ok=True)
 
     def _suits(self, rule: Rule, rows: list) -> bool:
@@ -236,7 +244,7 @@ class Samples:
         """Return where the samples of photos of these sizes start in the cache, and where the last one ends."""
         return [0, *accumulate(4 * math.prod(resized(own_size, self.size)) for own_size in own_sizes)]
 
-    def _build(self, place: Path, index_file: Path, keys: list[tuple]) -> None:
+    def _build(self, place: Path, keys: list[tuple]) -> None:
         """Decode into a file with a name of its own, and then write the index that makes it known."""
         known = {}
         for path in place.parent.glob(f"{place.name}-*.json"):
@@ -252,6 +260,7 @@ class Samples:
             raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         pairs = counted(len(self.pairs), "pair")
         tqdm.write(f"Caching {pairs} of {self.image_dir} in {place.parent}: {needed / 1e6:.1f} MB.")
+        index_file = place.with_name(f"{place.name}-{_digest(keys, self.chosen, self.rule and asdict(self.rule))}.json")
         data = index_file.with_name(f"{index_file.stem}-{secrets.token_hex(4)}.samples")
         try:
             with data.open("xb") as file:

@@ -17,6 +17,7 @@ from PIL import Image
 from dataset import CarvanaDataset
 from machinery import samples as samples_room
 from machinery.decoding import Rule
+from machinery.errors import UserError
 from machinery.files import written_whole
 
 
@@ -49,13 +50,26 @@ def test_a_build_that_is_killed_leaves_nothing_half_written(drawn, tmp_path, mon
     assert len(list(cache.glob("*.samples"))) == 1 and not list(cache.glob("*.tmp"))
 
 
+def test_a_run_that_continues_and_a_new_one_use_the_same_cache(drawn, tmp_path):
+    folders = drawn / "train_images", drawn / "train_masks"
+    rule = None
+    for _ in range(3):  # decoded by the files' own rule, by the checkpoint's, and by the files' again
+        data = CarvanaDataset(*folders, (32, 48))
+        data.prepare(tmp_path, rule)
+        rule = None if rule else data.rule
+        assert len(list(tmp_path.glob("*.samples"))) == len(list(tmp_path.glob("*.json"))) == 1
+    with pytest.raises(UserError, match="99 is in no mask"):
+        CarvanaDataset(*folders, (32, 48)).prepare(tmp_path, foreground_values=(1, 99))
+
+
 def test_a_cache_that_another_experiment_has_rebuilt_is_still_this_ones(drawn, tmp_path):
     """As long as this one lives; a worker that does not fork opens it later."""
     folders = drawn / "train_images", drawn / "train_masks"
     mine, cache = CarvanaDataset(*folders, (32, 48)), tmp_path / "cache"
     mine.prepare(cache, Rule(brightest={"colours": 1.0}))
     worker = pickle.loads(pickle.dumps(mine))
-    CarvanaDataset(*folders, (32, 48)).prepare(cache, Rule(brightest={"colours": 1.0}), (1,))
+    CarvanaDataset(*folders, (32, 48)).prepare(cache, Rule(chosen=(0,)))
+    assert len(list(cache.glob("*.samples"))) == 2
     np.testing.assert_array_equal(worker[3][1], mine[3][1])
     assert worker.cache_file == mine.cache_file
 
@@ -89,7 +103,7 @@ def test_a_kill_before_the_index_is_there_leaves_the_old_samples(drawn, tmp_path
     with pytest.raises(KeyboardInterrupt):
         CarvanaDataset(*folders, (48, 32)).prepare(cache)
     with pytest.raises(KeyboardInterrupt):
-        CarvanaDataset(*folders, (32, 48)).prepare(cache, Rule(is_labels=False, brightest={"colours": 255.0}))
+        CarvanaDataset(*folders, (32, 48)).prepare(cache, Rule(chosen=(0,)))
     assert samples(cache) == before
     monkeypatch.undo()
     again = CarvanaDataset(*folders, (32, 48))

@@ -263,7 +263,7 @@ def test_a_network_that_cannot_be_built_without_memory_is_read(project, run_trai
 def test_a_checkpoint_of_another_network_is_refused(photos, swap):
     swap(NETWORKS["dictionary"])
     sentence = refusal(partial(predict.main, ["data/val_images"]))
-    assert sentence.startswith(f"{BEST} is not from this train.py, or of another network than")
+    assert sentence.startswith(f"{BEST} is not from this train.py, or its network is not the one that")
 
 
 @pytest.mark.parametrize("tile", [None, (64, 64)])

@@ -265,15 +265,15 @@ def test_a_new_output_is_one_entry(photos, monkeypatch):
 
 
 def test_a_new_output_that_is_a_dictionary_is_a_json_file(photos, monkeypatch):
-    share = lambda prediction: {"foreground": float((prediction.mask > 0).mean())}  # noqa: E731
-    monkeypatch.setitem(predict.OUTPUTS, "share", (share, "how much is foreground"))
-    file = Path(f"predictions/{photos[0].stem}_share.json")
+    area = lambda prediction: {"pixels": (prediction.mask > 0).sum()}  # noqa: E731
+    monkeypatch.setitem(predict.OUTPUTS, "area", (area, "how much is foreground"))
+    file = Path(f"predictions/{photos[0].stem}_area.json")
     for _ in range(2):  # its own are replaced
-        run(photos[0], "--share")
-        assert json.loads(file.read_text())["foreground"] == (pixels(f"{photos[0].stem}_mask.png") > 0).mean()
-    file.write_text('{"foreground": 1}')
-    assert "1 of 1 photo" in error_of(photos[0], "--share")  # it is a user's own
-    assert file.read_text() == '{"foreground": 1}'
+        run(photos[0], "--area")
+        assert json.loads(file.read_text())["pixels"] == (pixels(f"{photos[0].stem}_mask.png") > 0).sum()
+    file.write_text('{"pixels": 1}')
+    assert "1 of 1 photo" in error_of(photos[0], "--area")  # it is a user's own
+    assert file.read_text() == '{"pixels": 1}'
 
 
 def test_an_overlay_shows_the_photo_and_the_outline(photos):

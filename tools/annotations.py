@@ -1,6 +1,7 @@
 """Annotation tools' files -> photos and the shapes on them. make_masks draws these; outputs.py writes LabelMe's files.
 
-A new format is a function from a file to Annotations, and two lines in read_file.
+A new format is a function from a file to Annotations, and two lines in read_file; yolo is a short example. If its ending
+tells the format, these lines come first.
 """
 
 import base64
@@ -48,7 +49,7 @@ class Annotation:
     """The objects that a file describes on a photo."""
 
     file: Path
-    photo: str  # its name or path as the file gives it, or its stem, or nothing
+    photo: str  # its name or path as the file gives it; else the file's own path without ending, or nothing
     size: tuple[int, int] | None  # (height, width) of the photo as the tool took it, where the file says so
     shapes: list[Shape] = field(default_factory=list)  # from the lowest to the one on top, where there is an order
     has_order: bool = False  # a shape covers those before it, whatever their labels
