@@ -77,8 +77,8 @@ def load(path: Path, build_network: Callable[[dict], nn.Module]) -> dict:
         raise UserError(f"{path} has format {checkpoint['format']}, newer than this train.py's: update the repository")
     if not fits:
         raise UserError(
-            f"{path} is not from this train.py, or its network is not the one that build_network makes: choose another, or "
-            "train again"
+            f"{path} is not from this train.py, or its network is not the one that build_network makes: choose "
+            "another, or train again"
         )
     return checkpoint
 

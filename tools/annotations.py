@@ -1,7 +1,7 @@
 """Annotation tools' files -> photos and the shapes on them. make_masks draws these; outputs.py writes LabelMe's files.
 
-A new format is a function from a file to Annotations, and two lines in read_file; yolo is a short example. If its ending
-tells the format, these lines come first.
+A new format is a function from a file to Annotations, and two lines in read_file; yolo is a short example. If its
+ending tells the format, these lines come first.
 """
 
 import base64
