@@ -214,7 +214,7 @@ WRONG = {
     "no channel": (lambda: network_of(nn.Conv2d(8, 1, 1), nn.Flatten(1, 2)), "the network gives logits of 32 x 48 for"),
     "a dictionary": (
         Dictionary,
-        "the network gives a dict, not logits: let build_network (model.py) return these alone",
+        "the network gives a dict, not logits: let build_network (model.py) return only these",
     ),
 }
 
