@@ -57,6 +57,7 @@ from machinery.files import (
     check_writable,
     lock_of,
     locked,
+    matches_of,
     remove_leftovers,
     save_metrics,
 )
@@ -156,6 +157,9 @@ class Predictor(nn.Module):
             logits = self.network(batch).float()
             if tta:
                 logits = (logits + self.network(batch.flip(-1)).float().flip(-1)) / 2
+        if not logits.isfinite().all():
+            advice = "choose another checkpoint, or --device cpu if this GPU's fp16 has too small a range"
+            raise UserError(f"the network gives nan or infinity, which are no numbers: {advice}")
         return logits[:, 0].cpu().numpy()
 
     def logits(self, images: list[np.ndarray], tta: bool) -> Sequence[np.ndarray]:
@@ -561,8 +565,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def split_checkpoints(names: list[str]) -> tuple[list[str], list[str]]:
     """Return the checkpoints and the photos that follow --checkpoint, which takes them all.
 
-    The first name is a checkpoint; others are by their ending, or as a ZIP file, which torch.save writes.
+    The first name is a checkpoint; others are by their ending, or as a ZIP file, which torch.save writes. Names may be
+    patterns, which a shell of Windows leaves as they are.
     """
+    names = [str(path) for name in names for path in ("*" in name and matches_of(name)) or [name]]
     checkpoints, photos = names[:1], []
     for name in names[1:]:
         has_ending = name.lower().endswith((".pth.tar", ".pth", ".pt", ".ckpt"))

@@ -286,6 +286,13 @@ def _try_a_step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def is_plain(value: object) -> bool:
+    """Return whether a checkpoint may hold a setting as it is: none that is read can run code."""
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    return type(value) in (bool, int, float, str, type(None))
+
+
 class CheckpointWriter:
     """Writes a run's checkpoints in a thread: training waits only until tensors are copied to the host's memory.
 
@@ -398,7 +405,7 @@ class Beginning:
         data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
         if len(set(map(str, processes.all_gather_object(data)))) > 1:
             raise UserError("the machines have different photos or masks: give all of them the same, or a shared disk")
-        settings = vars(s).copy()
+        settings = {name: value if is_plain(value) else repr(value) for name, value in vars(s).items()}
         if self.continued:  # it continues as it began
             settings |= {"start_from": self.continued["settings"].get("start_from")}
         before = self.continued or self.started_from or {"learned": []}

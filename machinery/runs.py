@@ -220,9 +220,11 @@ class Run:
         state.photo_dice.append(photo_dice)
         state.best = max(state.best, row["dice"])
         state.epoch = Epoch()
-        if self.report:
-            self.report.finish(state.history, state.photo_dice)
-        self.writer.save(state, is_best)
+        try:
+            if self.report:
+                self.report.finish(state.history, state.photo_dice)
+        finally:  # a picture that cannot be written costs no epoch
+            self.writer.save(state, is_best)
 
         self._print_row(row, is_best)
         if self.is_done or (self.progress >= 0.5 and not self.has_warned):

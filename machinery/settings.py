@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tokenize import COMMENT, generate_tokens
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 from machinery.errors import UserError
 from machinery.files import SUFFIXES, check_writable
@@ -110,9 +110,9 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     written = constants_of(source.read_text(encoding="utf-8"))
     parser = Parser(f"python {source.name}", constants["__doc__"])
     for name, default in constants.items():
-        if not name.isupper() or isinstance(default, ModuleType):
+        if name not in written:  # such as SGD, which is imported
             continue
-        constant = written.get(name, Constant(False, False, ""))
+        constant = written[name]
         is_tuple = isinstance(default, tuple | list) or constant.is_tuple
         if is_tuple and default is not None:
             default = tuple(default) if isinstance(default, tuple | list) else (default,)
@@ -135,8 +135,7 @@ def parse_settings(constants: dict, argv: list[str] | None = None) -> SimpleName
     for name, value in settings.items():
         if isinstance(value, list):
             value = settings[name] = tuple(value)
-        may_be_none = name.upper() in written and written[name.upper()].may_be_none
-        if may_be_none and str(value).lower() in ("none", "('none',)"):
+        if written[name.upper()].may_be_none and str(value).lower() in ("none", "('none',)"):
             settings[name] = None
     return SimpleNamespace(**settings)
 

@@ -158,6 +158,16 @@ def test_photos_of_one_name_in_two_folders_are_two_photos(project, monkeypatch):
     assert len(found) == 12 and found[str(some)] == found[f"data/val_images/{some.name}"]
 
 
+def test_the_augmentation_follows_the_flags(project, monkeypatch):
+    """A constant that make_augmentation reads; afterwards it is the default again."""
+    seen, make_augmentation = [], train.make_augmentation
+    monkeypatch.setattr(cross_validate, "train_fold", lambda *_: None)
+    monkeypatch.setattr(cross_validate, "conclude", lambda *_: None)
+    monkeypatch.setattr(train, "make_augmentation", lambda: seen.append(train.BATCH_SIZE) or make_augmentation())
+    cross_validate.main([*FLAGS, "--batch-size", "2"])
+    assert set(seen) == {2} and train.BATCH_SIZE == 4
+
+
 def test_few_photos(project):
     """Folds of one photo, of sets smaller than a batch; one of them has no object."""
     flags = ["--train-img-dir", "data/val_images", "--train-mask-dir", "data/val_masks", "--folds", "4"]

@@ -113,6 +113,8 @@ def test_what_follows_and_is_no_checkpoint_is_a_photo(networks, photos):
     assert {path.name for path in Path("predictions").iterdir()} == {
         f"{name}_mask.png" for name in ("x", photos[2].stem, photos[0].stem, photos[3].stem)
     }
+    run(photos[6], "--checkpoint", "?.pth*", "*.pth.tar", "--output-dir", "patterns")  # a shell of Windows expands none
+    assert [path.name for path in Path("patterns").iterdir()] == [f"{photos[6].stem}_mask.png"]
     run("--checkpoint", "c.pth.tar", photos[4])
     assert Path("predictions", f"{photos[4].stem}_mask.png").exists()
     run("--checkpoint", "c.pth.tar", "--tta", photos[5])

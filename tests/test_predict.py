@@ -28,6 +28,7 @@ import utils
 from machinery import decoding, errors, outputs, shapes
 from machinery.decoding import read_mask
 from machinery.device import Device
+from machinery.errors import UserError
 from machinery.files import lock_of, locked
 from model import UNet
 
@@ -252,6 +253,15 @@ def test_scores_beside_a_submission_that_continues_are_of_all_photos(photos):
     run(*flags)
     assert len(Path("s.csv").read_text().splitlines()) == 9
     assert len(Path("predictions/scores.csv").read_text().splitlines()) == 9
+
+
+def test_a_network_that_gives_no_numbers_is_named(photos):
+    checkpoint = utils.load_checkpoint(Path("my_checkpoint_best.pth.tar"))
+    checkpoint["state_dict"]["head.weight"].fill_(float("nan"))
+    utils.save_checkpoint(checkpoint, Path("my_checkpoint_best.pth.tar"))
+    with pytest.raises(UserError, match="the network gives nan or infinity, which are no numbers: choose another"):
+        predict.main([str(photos[0])])
+    assert not list(Path("predictions").glob("*.png"))
 
 
 def test_a_new_output_is_one_entry(photos, monkeypatch):

@@ -214,6 +214,17 @@ def test_of_many_epochs_the_last_ten_are_open(project, run_train, monkeypatch):
     assert closed is None and opened
 
 
+def test_a_table_that_cannot_be_written_costs_no_epoch(project, run_train):
+    """As where a spreadsheet holds it open."""
+    leave_photos(8, 4)
+    Path("saved_images/metrics.csv").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"metrics.csv could not be written"):
+        run_train("--num-epochs", "2")
+    Path("saved_images/metrics.csv").rmdir()
+    run_train("--num-epochs", "2", "--load-model")
+    assert [row["epoch"] for row in rows()] == ["1", "2"]
+
+
 def test_of_many_photos_the_page_shows_some(project, run_train, monkeypatch):
     monkeypatch.setattr(report, "PAGE_PHOTOS", 5)
     run_train("--num-epochs", "1")

@@ -11,6 +11,7 @@ from conftest import SMALL, leave_photos, rows
 import train
 from machinery.errors import UserError
 from machinery.settings import Constant, constants_of, parse_settings
+from utils import load_checkpoint
 
 
 def test_every_constant_is_a_flag_and_the_only_default():
@@ -85,7 +86,9 @@ def test_comments_and_annotations_are_read_whatever_the_spacing():
 
 
 FACTOR = """
+from torch.optim import SGD
 FACTOR = 2.0  # of the loss
+WEIGHT = nn.BCEWithLogitsLoss()  # no number: a checkpoint must not hold it
 plain_losses = image_losses
 
 
@@ -111,6 +114,8 @@ def test_a_constant_that_a_user_adds_follows_its_flag_wherever_it_is_read(projec
     assert first_loss("--factor", "0.5") == pytest.approx(doubled / 4)
     assert edited.FACTOR == 2
     assert first_loss() == doubled  # the flag of a run before is forgotten
+    settings = load_checkpoint(Path("my_checkpoint.pth.tar"))["settings"]
+    assert settings["factor"] == 2 and settings["weight"] == "BCEWithLogitsLoss()" and "sgd" not in settings
     with pytest.raises(UserError, match="nowhere"):
         first_loss("--factor", "3", "--train-img-dir", "nowhere")
     assert edited.FACTOR == 2

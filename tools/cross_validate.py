@@ -353,16 +353,16 @@ def main(argv: list[str] | None = None) -> None:
     own = ["--checkpoint", str(folder / CHECKPOINT), "--saved-images-dir", str(folder), "--no-load-model"]
     with read_settings(vars(train), [*flags, *own], size_multiple, 1) as s:
         settle(s, utils.load_checkpoint)
-    with locked(folder / ".folds.lock", f"--output-dir {folder}", LOCK_SECONDS):
-        remove_leftovers(folder)
-        folders = folders_of(s, given)
-        folds = Folds.of(s, folders, args.folds, args.group)
-        objects, where = len(np.unique(folds.groups)), " and ".join(str(images) for images, _ in folders)
-        print(f"{counted(len(folds.shown), 'photo')} of {counted(objects, 'object')} in {where}.")
-        print("\n".join(folds.lines()))
-        train_all(s, args, folds, flags)
-        with memory_errors(f"at BATCH_SIZE {s.batch_size}: halve it"):
-            conclude(s, folder, folds)
+        with locked(folder / ".folds.lock", f"--output-dir {folder}", LOCK_SECONDS):
+            remove_leftovers(folder)
+            folders = folders_of(s, given)
+            folds = Folds.of(s, folders, args.folds, args.group)
+            objects, where = len(np.unique(folds.groups)), " and ".join(str(images) for images, _ in folders)
+            print(f"{counted(len(folds.shown), 'photo')} of {counted(objects, 'object')} in {where}.")
+            print("\n".join(folds.lines()))
+            train_all(s, args, folds, flags)
+            with memory_errors(f"at BATCH_SIZE {s.batch_size}: halve it"):
+                conclude(s, folder, folds)
 
 
 if __name__ == "__main__":
