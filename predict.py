@@ -522,7 +522,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--mask-dir", type=Path, help="true masks: scores at the photos' original size, in <output-dir>/scores.csv")
     add("--mask-suffix", default=MASK_SUFFIX, help="the mask of xxx.jpg is xxx_mask.gif (or .png, ...) [_mask]")
     several = "several networks' probabilities are averaged [my_checkpoint_best.pth.tar]"
-    add("--checkpoint", nargs="+", metavar="FILE", default=["my_checkpoint_best.pth.tar"], help=several)
+    add("--checkpoint", nargs="+", action="extend", metavar="FILE", help=several)
     add("--threshold", type=float, default=0.5, help="the probability above which a pixel is foreground [0.5]")
     add("--tta", action="store_true", help="averages photo and mirror image: twice the time, a little better")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="the network sees photos at this size [training's]")
@@ -531,7 +531,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="photos that the network sees at once [8]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first that is there]")
     args = parser.parse_args(argv)
-    args.checkpoint, photos = split_checkpoints(args.checkpoint)
+    args.checkpoint, photos = split_checkpoints(args.checkpoint or ["my_checkpoint_best.pth.tar"])
     args.inputs += photos
     if not args.inputs:
         parser.error("the following arguments are required: photo")

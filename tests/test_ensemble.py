@@ -115,6 +115,10 @@ def test_what_follows_and_is_no_checkpoint_is_a_photo(networks, photos):
     }
     run(photos[6], "--checkpoint", "?.pth*", "*.pth.tar", "--output-dir", "patterns")  # a shell of Windows expands none
     assert [path.name for path in Path("patterns").iterdir()] == [f"{photos[6].stem}_mask.png"]
+    names = ["--checkpoint", "c.pth.tar", photos[6], "--checkpoint", "weights", "--probabilities"]
+    run(*names, "--output-dir", "twice")
+    run(photos[6], "--checkpoint", "c.pth.tar", "weights", "--probabilities", "--output-dir", "once")
+    np.testing.assert_array_equal(pixels(photos[6], folder="twice"), pixels(photos[6], folder="once"))
     run("--checkpoint", "c.pth.tar", photos[4])
     assert Path("predictions", f"{photos[4].stem}_mask.png").exists()
     run("--checkpoint", "c.pth.tar", "--tta", photos[5])
