@@ -1,10 +1,14 @@
 """Devices that this machine may lack: GPUs are simulated, with fake tensors, which have shapes but no values."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.grad import conv2d_weight
 from torch.torch_version import TorchVersion
 
 import train
@@ -226,6 +230,42 @@ def test_validation_counts_on_the_gpu(on_cuda):
     assert waits == [1, 1]  # for the progress of the first of ten batches
     assert all(tensor.device == CUDA and tensor.dtype == torch.float32 for tensor in shown)
     assert [tensor.shape for tensor in shown] == [(4, 1, 32, 48)] * 6
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("AVX2", "fp32"), ("AVX2", "bf16"), ("AVX512", "fp32")])
+def test_an_older_cpu_computes_the_weights_gradients_in_another_layout(monkeypatch, capability, precision):
+    """Its kernels for channels_last are slow. The gradients are the same, for layers of all kinds."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    layouts = []
+
+    def watched(x: torch.Tensor, *others) -> torch.Tensor:
+        layouts.append(x.is_contiguous())
+        return conv2d_weight(x, *others)
+
+    monkeypatch.setattr(device, "conv2d_weight", watched)
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 32, 3, padding=1, bias=False),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),  # this one,
+        nn.Conv2d(64, 32, 5, stride=2, padding=2, dilation=2, bias=False),  # and this one
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Conv2d(32, 32, 3, groups=32, bias=False),
+        nn.Conv2d(32, 32, 3, padding="same", bias=False),
+        nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect", bias=False),
+        nn.Conv2d(32, 1, 1, bias=False),
+    ]
+    model, expected = nn.Sequential(*layers), nn.Sequential(*copy.deepcopy(layers))
+    chosen = device.Device(torch.device("cpu"), device.PRECISIONS[precision])
+    model, forward = device.to_device(model, (2, 3, 21, 30), chosen, "no", 1)
+    images = torch.rand(2, 3, 21, 30).contiguous(memory_format=torch.channels_last)
+    for network in (forward, expected):
+        with chosen.autocast():
+            logits = network(images)
+        logits.float().square().sum().backward()
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        tolerance = 1e-4 if precision == "fp32" else 0.05
+        torch.testing.assert_close(one.grad, other.grad, rtol=tolerance, atol=tolerance)
+    assert layouts == ([True, True] if (capability, precision) == ("AVX2", "fp32") else [])
 
 
 def test_images_are_normalised_on_the_device():
