@@ -11,10 +11,11 @@ Open saved_images/index.html in a browser: it shows what the network has learned
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise each import of it asks the internet for a newer version
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads wait briefly; else two runs take five times as long
@@ -199,7 +200,7 @@ def new_state(s: SimpleNamespace, device: Device, foreground: float, photos: int
     return State(model, config, forward, optimizer, scaler)
 
 
-def train(s: SimpleNamespace, load_data: FunctionType = load_data) -> None:
+def train(s: SimpleNamespace, load_data: Callable = load_data) -> None:
     """Train, validate and save, with the settings s: the constants by their lower-case names."""
     started = time.monotonic() - (processes.age() if __name__ == "__main__" else 0)  # imports count, too
     device = choose_device(s.device, s.precision, mean=s.mean, std=s.std)
@@ -242,7 +243,7 @@ def train(s: SimpleNamespace, load_data: FunctionType = load_data) -> None:
     run.print_result(*score(writer.best_path, val_set))
 
 
-def main(argv: list[str] | None = None, load_data: FunctionType = load_data) -> None:
+def main(argv: list[str] | None = None, load_data: Callable = load_data) -> None:
     with read_settings(globals(), argv, size_multiple, processes.WORLD_SIZE) as s:  # flags change the constants, too
         advice = (
             f"at BATCH_SIZE {s.batch_size} and {s.image_height} x {s.image_width} pixels: halve BATCH_SIZE or double "

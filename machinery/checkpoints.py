@@ -89,14 +89,15 @@ def _is_sound(checkpoint: dict) -> bool:
     Raises KeyError, TypeError or AttributeError for some others.
     """
     config, before, rule = checkpoint["model"], checkpoint["preprocessing"], rule_from(checkpoint["rule"])
-    features, tile, scale, photo_size = config.get("features"), config.get("tile"), before.get("scale"), "photo_size"
+    features, tile, scale = config.get("features"), config.get("tile"), before.get("scale")
+    photo_size = checkpoint["photo_size"]
     counts = [checkpoint.get(name, 0) for name in ("epoch", "images", "computed", "seconds", "spent")]
     return all((
         features is None or (len(features) <= 16 and _are_sizes(features, 1)),
         tile is None or (len(tile) == 2 and _are_sizes(tile, 16)),
         _are_sizes((before["height"], before["width"]), 1),
         scale is None or (type(scale) is float and is_number(scale, 1e-6, 1)),
-        checkpoint[photo_size] is None or (len(checkpoint[photo_size]) == 2 and _are_sizes(checkpoint[photo_size], 1)),
+        photo_size is None or (len(photo_size) == 2 and _are_sizes(photo_size, 1)),
         len(before["mean"]) == 3 and all(is_number(value, -LARGEST, LARGEST) for value in before["mean"]),
         len(before["std"]) == 3 and all(is_number(value, 1e-6, LARGEST) for value in before["std"]),
         (rule.low is None) == (rule.high is None),
@@ -463,8 +464,10 @@ def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], re
     if differing := [f"{name.upper()} = {before[name]}" for name in fixed if before[name] != getattr(s, name)]:
         raise UserError(f"{path} was trained with {', '.join(differing)}: set that again, or LOAD_MODEL = False")
     length = "minutes" if s.minutes else "num_epochs"
-    has_ended = before["minutes"] == s.minutes and checkpoint["epoch"] >= before["num_epochs"]
-    if has_ended if s.minutes else checkpoint["epoch"] >= s.num_epochs:
+    has_ended = checkpoint["epoch"] >= s.num_epochs
+    if s.minutes:  # which chose the checkpoint's number of epochs
+        has_ended = before["minutes"] == s.minutes and checkpoint["epoch"] >= before["num_epochs"]
+    if has_ended:
         had = f"had its {counted(s.minutes, 'minute')}" if s.minutes else counted(checkpoint["epoch"], "epoch")
         print(f"{path} has {had} already: a larger {length.upper()} continues it.")
     free = ("batch_size", "accumulation", length, "learning_rate", "weight_decay", "dice_weight", "clip_norm")
@@ -476,20 +479,21 @@ def _to_continue(s: SimpleNamespace, load_checkpoint: Callable[[Path], dict], re
 
 def adapted(checkpoint: dict, header: dict) -> dict:
     """Reset what does not fit today's photos, masks and seed in a checkpoint, print what that is, and return it."""
-    data, settings = ([side[name] for side in (header, checkpoint)] for name in ("data", "settings"))
-    if data[0]["val"] != data[1]["val"]:
+    now, before = header["settings"], checkpoint["settings"]
+    has_other_photos = header["data"]["train"] != checkpoint["data"]["train"]
+    if header["data"]["val"] != checkpoint["data"]["val"]:
         print("The validation photos have changed: scores before and after do not compare, and a new best is sought.")
         checkpoint |= {"best": -1.0, "photo_dice": []}
-    if not (best := sibling(Path(settings[0]["checkpoint"]), "_best")).exists():
+    if not (best := sibling(Path(now["checkpoint"]), "_best")).exists():
         print(f"{best} is missing: a new best is sought.")
         checkpoint["best"] = -1.0
-    if data[0]["train"] != data[1]["train"]:
+    if has_other_photos:
         print("The training photos have changed.")
-    if data[0]["train"] != data[1]["train"] or settings[0]["seed"] != settings[1]["seed"]:
+    if has_other_photos or now["seed"] != before["seed"]:
         if checkpoint["images"]:
             print("The epoch that was cut off begins anew.")
         checkpoint |= {"images": 0, "computed": 0, "losses": {}, "seconds": 0.0}
-    if data[0]["train"] != data[1]["train"] or settings[0]["minutes"] != settings[1].get("minutes"):
+    if has_other_photos or now["minutes"] != before.get("minutes"):
         checkpoint["plan"] = None
     epochs, images = counted(checkpoint["epoch"], "epoch"), counted(checkpoint["images"], "image")
     print(f"Continuing after {epochs} and {images} of the next.")

@@ -253,13 +253,23 @@ def free_name(stem: str, taken: set[str]) -> str:
 # Files that are written
 
 
+def temporary_name(path: Path) -> Path:
+    """Return a name beside `path`, nobody else's, for what is not complete yet: remove_leftovers knows it."""
+    return path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(8)}.tmp")
+
+
+def _shortened(name: str) -> str:
+    """Return a name to which more can be added: disks allow 255 bytes, some 143."""
+    return name if len(os.fsencode(name)) <= 100 else name[:40]
+
+
 @contextmanager
 def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path that takes the place of `path` when the block has ended well: no file is half written.
 
     The file that was there is kept as `previous`, if that is given. The temporary name is nobody else's.
     """
-    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")  # disks allow 255 bytes
+    temporary = temporary_name(path)
     temporary.touch(exist_ok=False)
     try:
         yield temporary
@@ -270,13 +280,14 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, start: str = "") -> None:
-    """Remove what killed runs have left of files whose names begin with `start`.
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed runs have left of the file of that name, or of all files in the folder.
 
     Nobody may be writing them now, unless their locks are held.
     """
-    for path in folder.glob("*.tmp*"):
-        is_ours = re.fullmatch(rf"\.+{re.escape(start[:40])}.*\.[0-9a-f]{{16}}\.tmp(\.lock)?", path.name)
+    written = re.escape(_shortened(name)) if name else ".+?"
+    for path in folder.glob(".*.tmp*"):
+        is_ours = re.fullmatch(rf"\.+{written}(\.[0-9a-f]{{16}}\.tmp)+(\.lock)?", path.name)
         if is_ours and not is_locked(path if path.suffix == ".lock" else lock_of(path)):
             path.unlink(missing_ok=True)
 

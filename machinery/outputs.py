@@ -23,7 +23,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, PngImagePlugi
 
 from machinery.decoding import bands, read_image, read_opacity, resize
 from machinery.errors import UserError, reason_of
-from machinery.files import check_writable, lock_of, locked, remove_leftovers, saving, write_errors
+from machinery.files import check_writable, lock_of, locked, remove_leftovers, saving, temporary_name, write_errors
 from machinery.objects import COLUMNS, Objects, remove_specks
 from machinery.shapes import outlines
 
@@ -315,7 +315,7 @@ class Found:
     def __init__(self, path: Path) -> None:
         self.path = path
         remove_leftovers(path.parent, path.name)
-        self.part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
+        self.part = temporary_name(path)
         self.lock = locked(lock_of(self.part), str(self.part))
         self.lock.__enter__()  # as long as this object lives
         with write_errors(path):

@@ -2,7 +2,6 @@
 
 import io
 import math
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from machinery import checkpoints, processes
 from machinery.checkpoints import CheckpointWriter, State
+from machinery.files import temporary_name
 from machinery.report import Report
 from machinery.samples import Samples
 
@@ -102,7 +102,7 @@ class Rehearsal:
     @contextmanager
     def _trial_checkpoint(self) -> Iterator[Path]:
         """Write the weights as a checkpoint, which is removed after the block, or by the next run if this is killed."""
-        path = self.writer.path.with_name(f".{self.writer.path.name[:40]}.{secrets.token_hex(8)}.tmp")
+        path = temporary_name(self.writer.path)
         try:
             if processes.RANK == 0:
                 checkpoints.save(self.writer.header | {"state_dict": self.state.model.state_dict()}, path)

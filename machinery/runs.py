@@ -265,9 +265,10 @@ class Run:
             epoch, start = divmod(starts[first], self.photos)
             batch = self.loader.batch_sampler.batches(state.epochs + epoch, start)[0]
             names = dict.fromkeys(self.loader.dataset.image_of(index).name for index in batch)
+            fp16 = ', or set PRECISION = "fp32"' if state.scaler.is_enabled() else ""
             raise UserError(
                 f"training diverged (loss {losses[first].item():.3g}) with {', '.join(names)}: look at these photos "
-                "and their masks, or lower LEARNING_RATE; no checkpoint was changed"
+                f"and their masks, or lower LEARNING_RATE{fp16}; no checkpoint was changed"
             )
 
     def _save_because_of(self, stopped: Stopped) -> None:

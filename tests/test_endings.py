@@ -21,7 +21,7 @@ from test_train_continue import Training
 import train
 from machinery import checkpoints, errors, processes, runs
 from machinery.errors import UserError
-from machinery.files import lock_of, remove_leftovers, written_whole
+from machinery.files import lock_of, remove_leftovers, temporary_name, written_whole
 
 CHECKPOINT = Path("my_checkpoint.pth.tar")
 
@@ -171,11 +171,13 @@ def test_what_killed_runs_have_left_is_removed_and_nothing_else(project, run_tra
     leftovers = [left_by_a_kill(Path(name)) for name in ("my_checkpoint.pth.tar", "my_checkpoint_best.pth.tar")]
     Path("saved_images").mkdir()
     leftovers.append(left_by_a_kill(Path("saved_images/index.html")))
-    others = [left_by_a_kill(Path("other.pth.tar")), Path("my_checkpoint.pth.tar.tmp"), Path(".my_checkpoint.pth.tmp")]
-    for path in others[1:]:
+    leftovers.append(left_by_a_kill(temporary_name(Path("my_checkpoint.pth.tar"))))  # a rehearsal's
+    others = [left_by_a_kill(Path(name)) for name in ("other.pth.tar", "my_checkpoint.pth.tar_2")]
+    owned = [Path("my_checkpoint.pth.tar.tmp"), Path(".my_checkpoint.pth.tmp")]
+    for path in owned:
         path.write_text("a user's own")
     run_train("--num-epochs", "1")
-    assert not any(path.exists() for path in leftovers) and all(path.exists() for path in others)
+    assert not any(path.exists() for path in leftovers) and all(path.exists() for path in (*others, *owned))
     remove_leftovers(Path(), "other.pth.tar")
     assert not others[0].exists()
     assert lock_of(CHECKPOINT).exists()
