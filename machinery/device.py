@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import cv2
 import torch
@@ -168,9 +168,14 @@ def is_dense_convolution(layer: nn.Module) -> bool:
     return sees_all and layer.padding_mode == "zeros"
 
 
-def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return what a dense convolution makes of x; Convolution computes the gradient."""
-    return Convolution.apply(x, layer.weight, layer.stride, layer.padding, layer.dilation)
+class OlderCpuConv2d(nn.Conv2d):
+    """A dense convolution without bias, in float32; Convolution computes its gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_another = self.bias is not None or x.dim() != 4 or torch.is_autocast_enabled("cpu")
+        if is_another or not torch.is_grad_enabled():
+            return super().forward(x)
+        return Convolution.apply(x, self.weight, self.stride, self.padding, self.dilation)
 
 
 class Convolution(torch.autograd.Function):
@@ -213,7 +218,7 @@ def to_device(model: nn.Module, shape: tuple, device: Device, setting: str, step
     model.to(device.device, memory_format=device.memory_format)
     for layer in model.modules() if learns_slowly(device) else ():
         if is_dense_convolution(layer):
-            layer.forward = partial(convolve, layer)
+            layer.__class__ = OlderCpuConv2d  # the layer itself: Muon and state dicts know its weights
     if processes.WORLD_SIZE > 1 and device.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     shape = (shape[0] // processes.WORLD_SIZE, *shape[1:])

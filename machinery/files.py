@@ -254,13 +254,13 @@ def free_name(stem: str, taken: set[str]) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a name beside `path`, nobody else's, for what is not complete yet: remove_leftovers knows it."""
+    """Return the path of a temporary file beside `path`. Its name is random; remove_leftovers recognises it."""
     return path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(8)}.tmp")
 
 
 def _shortened(name: str) -> str:
     """Return a name to which more can be added: disks allow 255 bytes, some 143."""
-    return name if len(os.fsencode(name)) <= 100 else name[:40]
+    return name if len(os.fsencode(name)) <= 100 else name[:25]
 
 
 @contextmanager
@@ -281,11 +281,11 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed runs have left of the file of that name, or of all files in the folder.
+    """Remove what killed runs have left of the file of that name, or of all pictures, pages and tables in the folder.
 
     Nobody may be writing them now, unless their locks are held.
     """
-    written = re.escape(_shortened(name)) if name else ".+?"
+    written = re.escape(_shortened(name)) if name else r".+?\.(png|html|csv|json)"
     for path in folder.glob(".*.tmp*"):
         is_ours = re.fullmatch(rf"\.+{written}(\.[0-9a-f]{{16}}\.tmp)+(\.lock)?", path.name)
         if is_ours and not is_locked(path if path.suffix == ".lock" else lock_of(path)):

@@ -93,7 +93,7 @@ def float32_products(device_type: str) -> Iterator[None]:
 def muon_(kernels: list[Tensor], states: dict[Tensor, dict], lr: float, weight_decay: float) -> None:
     """Take a step with kernels (out, in, h, w), or (in, out, h, w) of up-convolutions, with Nesterov's momentum of 0.9.
 
-    The gradients become the momentum's. Blocks of one height are orthogonalized together.
+    It overwrites each gradient with the step's direction. Blocks of one height are orthogonalized together.
     """
     for kernel in kernels:
         if not states[kernel]:

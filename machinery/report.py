@@ -79,8 +79,12 @@ class Report:
 
     def __exit__(self, error: type | None, *_: object) -> None:
         self.threads.shutdown(cancel_futures=error is not None)
-        if not error:
-            self._end()
+        try:
+            if not error:
+                self._end()
+        finally:
+            if self.board:
+                self.board.close()
 
     def begin(self, epoch: int, is_last: bool) -> Callable[[Tensor, Tensor], None] | None:
         """Begin an epoch's pictures: return what is to be called with logits and Dice of each validation batch.
@@ -407,6 +411,6 @@ def tensorboard_writer(folder: str, settings: dict[str, object]) -> object:
 def log_overlays(board: object, epoch: int, folder: Path, batches: int) -> None:
     """Log an epoch's first overlays."""
     for batch in range(min(4, batches)):
-        overlay = cv2.cvtColor(cv2.imread(str(folder / f"overlay_{batch}.png")), cv2.COLOR_BGR2RGB)
+        overlay = np.asarray(Image.open(folder / f"overlay_{batch}.png").convert("RGB"))
         board.add_image(f"overlay_{batch}", overlay, epoch, dataformats="HWC")
     board.flush()

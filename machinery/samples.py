@@ -38,7 +38,7 @@ from machinery.decoding import (
 from machinery.errors import UserError, counted, reason_of
 from machinery.files import MASK_SUFFIX, files_in, find_pairs, in_turn, is_locked, passed_over, stem_of, written_whole
 
-DECODER = 6  # part of the cache's key: raise it when decoding changes
+DECODER = 7  # part of the cache's key: raise it when decoding changes
 SMALL = 2**20  # bytes of masks whose content is part of the key, too
 
 # What is known of a pair: the photo's original size; the shares of foreground in the known part of the sample's mask,

@@ -108,7 +108,8 @@ def raise_if_not_a_bug(error: Exception, augmentation: "A.Compose", mask: np.nda
     if frames[-1].f_globals["__name__"].startswith("albu"):
         callers = [frame.f_locals.get("self") for frame in frames]
         names = [type(each).__name__ for each in transforms_of(augmentation) if any(each is self for self in callers)]
+        reason = str(error).partition("\n")[0]
         raise UserError(
             f"{names[0] if names else 'a transform'} in make_augmentation cannot do with samples of {mask.shape[0]} x "
-            f"{mask.shape[1]} pixels: change its arguments or delete it ({str(error).splitlines()[0]})"
+            f"{mask.shape[1]} pixels: change its arguments or delete it ({reason})"
         ) from error

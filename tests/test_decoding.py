@@ -417,6 +417,7 @@ def enlarged(mask: np.ndarray) -> np.ndarray:
 BRIGHTNESS = {
     "noise": noisy,
     "enlarged": enlarged,
+    "up to 2.5": lambda mask: 2.5 * soft(mask),
     "fractions": lambda mask: np.where(mask, 1, np.where(np.roll(mask, 1), 0.25, 0)).astype(np.float32),
     "gradient": lambda _: np.tile(np.linspace(0, 255, 900).round().astype(np.uint8), (16, 1)),
     "few levels": lambda mask: (25 * soft(mask)).round().astype(np.uint8),
@@ -429,7 +430,7 @@ def test_soft_edges_and_noise_are_brightness(kind):
     masks = [BRIGHTNESS[kind](scene(i)[1]) for i in range(6)]
     data = set_of(masks)
     most = max(mask.max() for mask in masks)
-    assert all(np.array_equal(data.sample(i)[1], masks[i] > (most // 2 or 0.5)) for i in range(6))
+    assert all(np.array_equal(data.sample(i)[1], masks[i] > most / 2) for i in range(6))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])

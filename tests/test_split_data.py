@@ -295,7 +295,7 @@ def test_mistakes_change_nothing(mistake, download):
     with pytest.raises(UserError) as caught:
         split(*flags)
     assert named in str(caught.value) and "\n" not in str(caught.value)
-    after = {path: content for path, content in files("data").items() if ".split" not in path} | files("download")
+    after = {path: content for path, content in files("data").items() if ".split.lock" not in path} | files("download")
     assert after == before
 
 

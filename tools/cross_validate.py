@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m tools.cross_validate", __doc__)
     parser.epilog = "All flags of train.py are taken, too: python train.py --help lists them."
     parser.add_argument("--folds", type=int, default=5, help="how many networks are trained [5]")
-    group = "photos are of one object where this, or its first (group), finds the same in their names [Carvana's cars]"
+    group = "photos in whose names this, or its first (group), finds the same show one object [Carvana's cars]"
     parser.add_argument("--group", type=regex, metavar="REGEX", help=group)
     parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="where the folds' runs are kept [runs]")
     args, flags = parser.parse_known_args(argv)

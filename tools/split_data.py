@@ -45,6 +45,7 @@ from machinery.files import (
     image_of,
     is_clutter,
     is_image,
+    key_of,
     link_or_copy,
     locked,
     nfc,
@@ -186,19 +187,18 @@ def gather(sources: Iterator[Source], stage: Path, suffix: str) -> dict[str, str
     files = [source for source in found if is_image(Path(source.name))]
     masks, origins = set(masks_among(files, suffix)), {}
     ending = f"whose names end in {suffix} (--mask-suffix)" if suffix else "by their folders' names or their order"
-    missing = "photos" if len(masks) == len(files) else f"masks, {ending}: was train_masks.zip forgotten"
+    missing = "photos" if len(masks) == len(files) else f"masks, {ending} (was train_masks.zip forgotten?)"
     if len(masks) in (0, len(files)):
-        raise UserError(f"the sources hold no {missing}? Give photos and masks (a zip inside a zip: unpack it first)")
+        raise UserError(f"the sources hold no {missing}: give photos and masks (a zip inside a zip: unpack it first)")
     needed, free = sum(source.size for source in files), shutil.disk_usage(stage).free
     if needed > free:
         size = f"{needed / 1e9:.1f} GB are packed, and {free / 1e9:.1f} GB are free in {stage.parent}"
         raise UserError(f"{size}: make room there, or choose another --data-dir")
     for source in tqdm(files, desc="gathering", unit="file", disable=None):
         place = f"{'masks' if source in masks else 'images'}/{source.name}"
-        if place in origins:
-            raise UserError(
-                f"{source.name} is there twice, as {origins[place]} and as {source.origin}: give only one of them"
-            )
+        if (stage / place).exists():  # also where the disk takes A.jpg and a.jpg for one
+            other = next(origin for known, origin in origins.items() if key_of(known) == key_of(place))
+            raise UserError(f"{source.name} is there twice, as {other} and as {source.origin}: give only one of them")
         origins[place] = source.origin
         source.bring(stage / place)
     for line in passed_over([Path(source.origin) for source in found], "the sources"):
@@ -385,10 +385,11 @@ class Plan:
     kept: list[Path] = field(default_factory=list)  # masks that were retouched there, and not in the sources
 
     def write_originals(self, origins: dict[str, str], path: Path) -> None:
-        """List the files of the sources by their copies; what came out of a zip, or was united, is none."""
-        files = {str(copy.absolute()): Path(origins.get(file, "")).absolute() for file, copy in self.copies.items()}
+        """List the files of the sources by their copies; what came out of a zip, or was united, has none."""
+        originals = {str(copy.absolute()): Path(origins.get(file, "")).absolute() for file, copy in self.copies.items()}
+        listed = {copy: str(original) for copy, original in originals.items() if original.is_file()}
         with written_whole(path) as temporary:
-            temporary.write_text(json.dumps({copy: str(file) for copy, file in files.items() if file.is_file()}))
+            temporary.write_text(json.dumps(listed))
 
 
 def make_plan(
@@ -512,8 +513,12 @@ def split(
     if (stage / "originals.json").exists():
         print(f"Finishing the split that was stopped in {data_dir}; run again for what is new.")
     else:
-        origins = gather_all(sources, data_dir, how, suffix, is_united)
-        plan = make_plan(verify(stage, origins, suffix), origins, data_dir, val_share, seed, pattern)
+        try:
+            origins = gather_all(sources, data_dir, how, suffix, is_united)
+            plan = make_plan(verify(stage, origins, suffix), origins, data_dir, val_share, seed, pattern)
+        except UserError:
+            shutil.rmtree(stage, ignore_errors=True)  # copies that nobody needs
+            raise
         carry_out(plan, data_dir)
         if how == "move":
             plan.write_originals(origins, stage / "originals.json")
@@ -555,7 +560,7 @@ def main(argv: list[str] | None = None) -> None:
     suffix = "what masks' names end in, '' where they have their photos' names; it becomes _mask [_mask]"
     parser.add_argument("--mask-suffix", default=MASK_SUFFIX, help=suffix)
     parser.add_argument("--unite", action="store_true", help="several masks of a photo (x_mask, x_mask_1) become one")
-    group = "photos are of one object where this, or its first (group), finds the same in their names [Carvana's cars]"
+    group = "photos in whose names this, or its first (group), finds the same show one object [Carvana's cars]"
     parser.add_argument("--group", type=regex, metavar="REGEX", help=group)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--move", dest="how", action="store_const", const="move", help="delete the originals in folders")
