@@ -187,9 +187,10 @@ def gather(sources: Iterator[Source], stage: Path, suffix: str) -> dict[str, str
     files = [source for source in found if is_image(Path(source.name))]
     masks, origins = set(masks_among(files, suffix)), {}
     ending = f"whose names end in {suffix} (--mask-suffix)" if suffix else "by their folders' names or their order"
-    missing = "photos" if len(masks) == len(files) else f"masks, {ending} (was train_masks.zip forgotten?)"
+    missing = "photos" if len(masks) == len(files) else f"masks, {ending}"
     if len(masks) in (0, len(files)):
-        raise UserError(f"the sources hold no {missing}: give photos and masks (a zip inside a zip: unpack it first)")
+        both = "photos and masks, such as train.zip and train_masks.zip (unpack a zip inside a zip first)"
+        raise UserError(f"the sources hold no {missing}: give {both}")
     needed, free = sum(source.size for source in files), shutil.disk_usage(stage).free
     if needed > free:
         size = f"{needed / 1e9:.1f} GB are packed, and {free / 1e9:.1f} GB are free in {stage.parent}"
