@@ -154,14 +154,17 @@ def learns_slowly(device: Device) -> bool:
     """Return whether it is a CPU without AVX512 that computes in float32.
 
     There the gradient of a convolution's weights, with images in channels_last, takes 2 to 4 times as long as it must,
-    which was a third of a step of the U-Net, and more at 512 x 512 pixels.
+    which was a third of a step of the U-Net, and more at 512 x 512 pixels (docs/measurements.md).
     """
     is_avx2 = device.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return is_avx2 and device.precision == torch.float32
 
 
 def is_dense_convolution(layer: nn.Module) -> bool:
-    """Return whether a layer is a convolution of many channels, of which each output sees all: not a 1x1 one."""
+    """Return whether a layer is a convolution of many channels, of which each output sees all: not a 1x1 one.
+
+    With fewer than 32 input channels, copies into the other layout cost what they save.
+    """
     if type(layer) is not nn.Conv2d or layer.bias is not None or isinstance(layer.padding, str):
         return False
     sees_all = layer.groups == 1 and layer.in_channels >= 32 and max(layer.kernel_size) > 1

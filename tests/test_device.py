@@ -263,7 +263,7 @@ def test_an_older_cpu_computes_the_weights_gradients_in_another_layout(monkeypat
             logits = network(images)
         logits.float().mul(100).square().sum().backward()
     for one, other in zip(model.parameters(), expected.parameters(), strict=True):
-        tolerance = (1e-5 if precision == "fp32" else 0.05) * other.grad.abs().max().item()
+        tolerance = (1e-4 if precision == "fp32" else 0.1) * other.grad.abs().max().item()
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=tolerance)
     with torch.no_grad():
         for one, other in zip((fused := copy.deepcopy(model)), expected, strict=True):
